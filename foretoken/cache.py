@@ -1,0 +1,77 @@
+"""The key/value cache of decoding: write at positions, roll back. Nothing else rolls back.
+
+Slot s of a row holds the key and value of that row's position s. `lengths` says how many positions a row holds; a write
+goes behind them, a roll-back forgets the newest. Rows may have different lengths, so a batch needs no left padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of `blocks` transformer blocks for B rows of at most `capacity` positions each."""
+
+    def __init__(
+        self,
+        blocks: int,
+        rows: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (blocks, rows, kv_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * rows
+
+    @property
+    def capacity(self) -> int:
+        """Positions a row can hold."""
+        return self.keys.size(3)
+
+    def positions(self, count: int) -> Tensor:
+        """Absolute positions (B, count) that the next `count` tokens of every row get."""
+        start = torch.tensor(self.lengths, device=self.keys.device)
+        return start[:, None] + torch.arange(count, device=self.keys.device)
+
+    def write(self, block: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (m, B, N, T, H) of blocks `block`..`block + m - 1` at `positions` (B, T).
+
+        Returns the keys and values (m, B, N, S, H) of all slots up to the longest row's last new one. Slots that a row
+        may not see yet are among them: the attention mask hides them.
+        """
+        m, rows, _, count, _ = keys.shape
+        assert max(self.lengths) + count <= self.capacity, "cache is full"
+        k, v = self.keys[block : block + m], self.values[block : block + m]
+        start = self.lengths[0]
+        if all(length == start for length in self.lengths):
+            k[:, :, :, start : start + count] = keys
+            v[:, :, :, start : start + count] = values
+        else:
+            row = torch.arange(rows, device=keys.device)[:, None]
+            k[:, row, :, positions] = keys.permute(1, 3, 0, 2, 4)  # (B, T, m, N, H): the indexed dimensions come first
+            v[:, row, :, positions] = values.permute(1, 3, 0, 2, 4)
+        used = max(self.lengths) + count
+        return k[:, :, :, :used], v[:, :, :, :used]
+
+    def advance(self, count: int) -> None:
+        """Count `count` more positions in every row, once all blocks have written them."""
+        self.lengths = [length + count for length in self.lengths]
+
+    def roll_back(self, lengths: Sequence[int]) -> None:
+        """Forget every row's positions from `lengths[row]` on."""
+        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only `rows`, in this order."""
+        index = torch.tensor(list(rows), device=self.keys.device)
+        self.keys = self.keys.index_select(1, index)
+        self.values = self.values.index_select(1, index)
+        self.lengths = [self.lengths[row] for row in rows]

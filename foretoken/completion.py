@@ -1,0 +1,171 @@
+"""Text in, text out: prompts through the decode loop, with stop strings, streaming and what each step drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict, overload
+
+from typing_extensions import Unpack
+
+from foretoken.decode import Request, Step, check_requests, decode
+from foretoken.errors import ConfigError
+from foretoken.model import Model
+from foretoken.sampling import Sampling
+from foretoken.tokenizer import TextStream, Tokenizer
+
+
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take by keyword, with the defaults."""
+
+    max_tokens: int  # 128
+    temperature: float  # 0.0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1.0: off
+    min_p: float  # 0.0: off
+    seed: int  # 0; prompt i of a list uses seed + i
+    stop: str | Sequence[str]  # (): strings that end the text and are cut off
+    drafts: int | None  # None: all the model's heads give; 0: plain decoding
+    ignore_eos: bool  # False
+    batch_size: int  # 16 prompts at a time
+
+
+@dataclass
+class TextRequest(Request):
+    """A request that follows its own text, so that a stop string ends it wherever it falls in a block."""
+
+    decoder: TextStream | None = None
+    stop: tuple[str, ...] = ()
+    text: str = ""
+    released: int = 0
+
+    def commit(self, token: int, logprob: float) -> None:
+        """As `Request.commit`; a stop string that appears is cut off with what follows it."""
+        super().commit(token, logprob)
+        assert self.decoder is not None
+        searched = len(self.text)
+        if token not in self.end_ids:
+            self.text += self.decoder.push(token)
+        if self.finish_reason is not None:
+            self.text += self.decoder.finish()
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, searched - len(s) + 1))) >= 0]
+        if found:
+            self.text, self.finish_reason = self.text[: min(found)], "stop"
+
+    def release(self) -> str:
+        """Text that can be shown: all that is new, less a tail that may yet become a stop string."""
+        end = len(self.text)
+        if self.finish_reason is None:
+            end -= max((_overlap(self.text, s) for s in self.stop), default=0)
+        piece = self.text[self.released : end]
+        self.released = max(self.released, end)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a prompt gave. logprobs are the target's, of the tokens in `ids`, before temperature and filters."""
+
+    prompt: str
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    steps: list[Step]
+    seed: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Committed tokens / steps; the first token comes from the prefill and belongs to no step."""
+        return sum(step.committed for step in self.steps) / len(self.steps) if self.steps else 1.0
+
+    @property
+    def sources(self) -> list[int]:
+        """For each id the head that produced it: 1 for the target's own tokens, i for an accepted draft of head i."""
+        heads = [1] if self.ids else []
+        for step in self.steps:
+            heads += [*range(2, step.accepted + 2), 1][: step.committed]
+        return heads
+
+
+@overload
+def generate(model: Model, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> Generation: ...
+@overload
+def generate(
+    model: Model, tokenizer: Tokenizer, prompt: Sequence[str], **options: Unpack[Options]
+) -> list[Generation]: ...
+def generate(
+    model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Unpack[Options]
+) -> Generation | list[Generation]:
+    """Continue a prompt, or a list of prompts of any lengths, by at most `max_tokens` tokens each.
+
+    The output depends on the weights, the prompt, the sampling options and the seed; `drafts` changes the speed alone.
+    Raises ConfigError for options, or a prompt, that the model cannot run.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    requests, sampling, drafts = _requests(model, tokenizer, prompts, options)
+    size = options.get("batch_size", 16)
+    if size < 1:
+        raise ConfigError(f"batch_size = {size} must be at least 1")
+    for start in range(0, len(requests), size):
+        for _ in decode(model, requests[start : start + size], sampling, drafts):
+            pass
+    done = [_generation(*pair) for pair in zip(prompts, requests, strict=True)]
+    return done[0] if isinstance(prompt, str) else done
+
+
+def stream(
+    model: Model, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]
+) -> Iterator[tuple[str, Generation | None]]:
+    """As `generate` for one prompt, but yields pieces of text as they are settled; the last comes with the Generation.
+
+    The pieces joined are the Generation's text. A piece may hold several tokens.
+    """
+    requests, sampling, drafts = _requests(model, tokenizer, [prompt], options)
+    for _ in decode(model, requests, sampling, drafts):
+        done = requests[0].finish_reason is not None
+        yield requests[0].release(), _generation(prompt, requests[0]) if done else None
+
+
+def _requests(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
+) -> tuple[list[TextRequest], Sampling, int]:
+    sampling = Sampling(
+        options.get("temperature", 0.0), options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0)
+    )
+    max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
+    if not -(1 << 63) <= seed < (1 << 63) - len(prompts):
+        raise ConfigError(f"seed = {seed} does not fit 64 bits")
+    if not all(stops):
+        raise ConfigError("a stop string must not be empty")
+    ends = frozenset() if options.get("ignore_eos") or tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    requests = [
+        TextRequest(
+            tokenizer.encode(prompt, add_special_tokens=True),
+            max_tokens,
+            seed + index,
+            ends,
+            decoder=tokenizer.stream(),
+            stop=stops,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    drafts = options.get("drafts")
+    drafts = model.config.n_future - 1 if drafts is None else drafts
+    check_requests(model, requests, drafts)
+    return requests, sampling, drafts
+
+
+def _generation(prompt: str, request: TextRequest) -> Generation:
+    assert request.finish_reason is not None
+    return Generation(
+        prompt, request.text, request.ids, request.logprobs, request.finish_reason, request.steps, request.seed
+    )

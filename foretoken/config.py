@@ -1,0 +1,338 @@
+"""Configuration as data: a frozen pydantic model per section, read from a TOML recipe with dotted overrides.
+
+An unknown key is an error and a value is never repaired. `Recipe` is what a person writes; `ModelConfig` is what a
+checkpoint holds, with every number filled in by `ModelRecipe.resolve`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from foretoken.errors import ConfigError
+
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
+HeadKind = Literal["parallel"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_SectionT = TypeVar("_SectionT", bound=_Section)
+
+
+class RopeScaling(_Section):
+    """Llama 3's frequency scaling, the names as Hugging Face's `rope_scaling` has them."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int
+
+
+class ModelConfig(_Section):
+    """Every number of a model: the next-token path in Hugging Face's names, and the heads beside it."""
+
+    architecture: Architecture = "llama"
+    vocab_size: int = Field(ge=2)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, description="blocks of the next-token path: trunk + head 1")
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2)
+    max_position_embeddings: int = Field(ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    n_future: int = Field(default=1, ge=1)
+    head_kind: HeadKind = "parallel"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        return self
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 adds biases to the query, key and value projections."""
+        return self.architecture == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises every head's queries and keys."""
+        return self.architecture == "qwen3"
+
+
+class ModelRecipe(_Section):
+    """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`."""
+
+    architecture: Architecture = "llama"
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = None
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    total_blocks: int | None = Field(default=None, ge=1, description="num_hidden_layers + n_future - 1")
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    n_future: int = Field(default=4, ge=1)
+    head_kind: HeadKind = "parallel"
+
+    @model_validator(mode="after")
+    def _one_depth(self) -> ModelRecipe:
+        if (self.num_hidden_layers is None) == (self.total_blocks is None):
+            raise ValueError("give exactly one of num_hidden_layers and total_blocks")
+        if self.total_blocks is not None and self.total_blocks < self.n_future:
+            raise ValueError(
+                f"total_blocks = {self.total_blocks} leaves no block for head 1 beside n_future = {self.n_future} "
+                f"heads; total_blocks must be at least n_future"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}; change one or give head_dim"
+            )
+        return self
+
+    def resolve(self, vocab_size: int, seq_len: int) -> ModelConfig:
+        """The full model configuration for a vocabulary of `vocab_size` tokens and windows of `seq_len` tokens."""
+        positions = self.max_position_embeddings or seq_len
+        if positions < seq_len:
+            raise ConfigError(
+                f"model.max_position_embeddings = {positions} is below train.seq_len = {seq_len}; raise the first"
+            )
+        layers = self.num_hidden_layers
+        if layers is None:
+            assert self.total_blocks is not None
+            layers = self.total_blocks - self.n_future + 1
+        fields = self.model_dump(exclude={"total_blocks"})
+        fields.update(
+            vocab_size=vocab_size,
+            num_hidden_layers=layers,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size or _llama_ffn(self.hidden_size),
+            max_position_embeddings=positions,
+        )
+        return validated(ModelConfig, fields, "model")
+
+
+def _llama_ffn(hidden_size: int, multiple: int = 64) -> int:
+    """Llama's SwiGLU width: 8/3 of the model's, rounded up, so that a block has 12 x hidden_size^2 parameters."""
+    return -(-8 * hidden_size // (3 * multiple)) * multiple
+
+
+class TokenizerConfig(_Section):
+    """[tokenizer]: bytes, or a `tokenizer.json` (a file, or a directory that holds one)."""
+
+    kind: Literal["bytes", "file"] = "bytes"
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _path_with_file(self) -> TokenizerConfig:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError('kind = "file" needs path, and path needs kind = "file"')
+        return self
+
+
+class DataConfig(_Section):
+    """[data]: where documents come from and how they are told apart.
+
+    A source is a file, a folder, a glob, `stdlib` (the Python standard library of this interpreter) or `hf:NAME`
+    (a Hugging Face data set). A text file is one document, a record of .jsonl, .jsonl.gz or .parquet is one.
+    """
+
+    source: tuple[str, ...] = ("stdlib",)
+    validation: tuple[str, ...] = ()
+    validation_fraction: float = Field(default=0.03, gt=0, lt=1)
+    split_field: str | None = None
+    text_field: str = "text"
+    prompt_field: str | None = None
+    response_field: str | None = None
+    domain_field: str | None = None
+    errors: Literal["strict", "replace"] = "strict"
+    cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _prompt_with_response(self) -> DataConfig:
+        if (self.prompt_field is None) != (self.response_field is None):
+            raise ValueError("prompt_field and response_field go together")
+        return self
+
+
+class WeightPoint(_Section):
+    """The heads' loss weights at one step; between two points they change linearly."""
+
+    step: int = Field(ge=0)
+    weights: tuple[float, ...]
+
+
+class LossConfig(_Section):
+    """[loss]: how the heads' cross-entropies are counted and summed."""
+
+    method: Literal["chunked", "sequential"] = "chunked"
+    targets_across_documents: bool = False
+    head_weights: tuple[float, ...] | tuple[WeightPoint, ...] = ()
+
+
+class OptimConfig(_Section):
+    """[optim]: AdamW with the paper's settings, or Muon for matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, description="AdamW's peak learning rate")
+    muon_lr: float = Field(default=0.02, gt=0, description="Muon's peak learning rate, for matrices inside blocks")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    final_lr_ratio: float = Field(default=0.03, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class TrainConfig(_Section):
+    """[train]: how long, how much at a time, and what is written when."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="windows per step, over all accumulation steps")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="windows per forward; divides batch_size")
+    seq_len: int = Field(ge=1)
+    attention_across_documents: bool = True
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    log_every: int = Field(default=10, ge=1)
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_windows: int = Field(default=64, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> TrainConfig:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
+            )
+        return self
+
+
+class Recipe(_Section):
+    """A whole training run."""
+
+    model: ModelRecipe
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _weights_per_head(self) -> Recipe:
+        n = self.model.n_future
+        for point in self.loss.head_weights:
+            weights = point.weights if isinstance(point, WeightPoint) else self.loss.head_weights
+            if len(weights) != n:
+                raise ValueError(f"loss.head_weights has {len(weights)} weights for n_future = {n} heads")
+        return self
+
+
+def validated(section: type[_SectionT], values: object, where: str) -> _SectionT:
+    """`values` as a `section`; raises ConfigError with one line that names the key, the value and the rule."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(section, error)}") from None
+
+
+def _first_problem(section: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        parent: Any = section
+        for part in problem["loc"][:-1]:
+            annotation = parent.model_fields[str(part)].annotation if hasattr(parent, "model_fields") else None
+            parent = annotation
+        known = sorted(parent.model_fields) if hasattr(parent, "model_fields") else []
+        return f"unknown key '{key}'" + (f"; known are {', '.join(known)}" if known else "")
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    text = problem["msg"].removeprefix("Value error, ")
+    shown = f" (got {json.dumps(problem['input'], default=str)})" if key and problem["type"] != "value_error" else ""
+    return f"{key}: {text}{shown}" if key else text
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a TOML file, or by the name of a shipped one, with overrides like `train.steps=100` applied.
+
+    Raises ConfigError for a file that is missing or not TOML, an unknown key, or a value that breaks a rule.
+    """
+    values = _read_toml(name_or_path)
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(Recipe, values, f"recipe {name_or_path}")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def _recipe_folder() -> Any:
+    return resources.files("foretoken") / "recipes"
+
+
+def _read_toml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif name_or_path in shipped_recipes():
+            text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        else:
+            raise ConfigError(
+                f"no recipe '{name_or_path}': neither a file nor one of the shipped {', '.join(shipped_recipes())}"
+            )
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name_or_path}: not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {name_or_path}: {error.strerror}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"override '{override}': write section.key=value, for example train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override '{override}': '{part}' is not a section")
+    section[parts[-1]] = value
+    if parts[0] == "model" and parts[-1] == "num_hidden_layers":
+        values["model"].pop("total_blocks", None)
+    if parts[0] == "model" and parts[-1] == "total_blocks":
+        values["model"].pop("num_hidden_layers", None)

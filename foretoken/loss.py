@@ -1,0 +1,221 @@
+"""The loss of n heads: where targets come from, the slow oracle, and two fast forms that equal it.
+
+`targets` is the only place where a shift is computed. A head's loss is the mean over its own valid targets, the total
+is the weighted sum of the heads' losses. Counts are taken before the forward, over all accumulation steps, and enter
+as `scales` (weight / count), so a sum over micro-batches is the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time, whatever n, T and V are
+
+
+def targets(
+    tokens: Tensor, document_ids: Tensor, label_mask: Tensor, n: int, *, across_documents: bool = False
+) -> Tensor:
+    """What each head must predict at each position, or IGNORE where there is nothing to learn.
+
+    tokens, document_ids (int64) and label_mask (bool) are windows (B, T + n); document id -1 marks padding. The result
+    (n, B, T) holds at [d, b, t] the token at t + d + 1 if it exists, its label is not masked, and it lies in the same
+    document as position t; `across_documents` drops the last condition.
+    """
+    T = tokens.size(1) - n
+    assert T >= 1, f"a window of {tokens.size(1)} tokens has no position with {n} targets"
+    here = document_ids[:, :T]
+    labels = []
+    for d in range(n):
+        there = slice(d + 1, d + 1 + T)
+        valid = label_mask[:, there] & (here >= 0) & (document_ids[:, there] >= 0)
+        if not across_documents:
+            valid &= document_ids[:, there] == here
+        labels.append(torch.where(valid, tokens[:, there], IGNORE))
+    return torch.stack(labels)
+
+
+def valid_counts(labels: Tensor) -> Tensor:
+    """Valid targets of each head: (n, B, T) -> (n,) int64."""
+    return (labels != IGNORE).flatten(1).sum(1)
+
+
+def scales(weights: Sequence[float], counts: Tensor) -> Tensor:
+    """Factor of each head's summed cross-entropy in the total: weight / count (n,), 0 for a head with no target."""
+    return torch.tensor(list(weights), dtype=torch.float64) / counts.cpu().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What one pass over the logits gives.
+
+    total: scalar with a gradient (already backpropagated in the sequential form). sums (n,) float64: each head's summed
+    cross-entropy in nats. correct (n,): targets that were the head's first choice. predictions (n, B, T): first choices.
+    """
+
+    total: Tensor
+    sums: Tensor
+    correct: Tensor
+    predictions: Tensor
+
+
+def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: Tensor) -> LossOutput:
+    """Cross-entropy of all heads with at most one chunk of logits in memory.
+
+    hidden: n normalised states (B, T, D); weight: unembedding (V, D); labels (n, B, T) from `targets`; scales (n,) from
+    `scales`. Gradients are computed while a chunk's logits are there, so nothing is computed twice and the weight has
+    one gradient buffer for all heads. Under autocast the products run in its type, sums stay in float32.
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = [h.to(dtype) for h in hidden], weight.to(dtype)
+    flat = [h.flatten(0, 1) for h in hidden]
+    total, sums, predictions = _ChunkedCrossEntropy.apply(weight, labels.flatten(1), scales, *flat)
+    predictions = predictions.view_as(labels)
+    return LossOutput(total, sums, _correct(predictions, labels), predictions)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, labels: Tensor, scales: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        rows = max(1, CHUNK_ELEMENTS // weight.size(0))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        needs = any(ctx.needs_input_grad)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs else None
+        grad_hidden = [torch.empty_like(h) if needs else None for h in hidden]
+        sums = torch.zeros(len(hidden), dtype=torch.float64, device=weight.device)
+        predictions = torch.empty_like(labels)
+        for d, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
+            for start in range(0, wanted.size(0), rows):
+                part = slice(start, start + rows)
+                logits = (states[part] @ weight.T).to(wide)  # (rows, V)
+                predictions[d, part] = logits.argmax(-1)
+                label = wanted[part]
+                valid = label != IGNORE
+                index = label.clamp(min=0)[:, None]
+                lse = torch.logsumexp(logits, -1)
+                nll = lse - logits.gather(1, index)[:, 0]
+                sums[d] += nll.masked_fill(~valid, 0.0).double().sum()
+                if grad_weight is not None:
+                    grad = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' memory
+                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
+                    grad = (grad * (valid * scales[d]).to(wide)[:, None]).to(weight.dtype)
+                    grad_hidden[d][part] = grad @ weight  # type: ignore[index]
+                    grad_weight += grad.T @ states[part]
+        ctx.save_for_backward(grad_weight, *grad_hidden)
+        ctx.weight_dtype = weight.dtype
+        total = (sums * scales.to(sums.device)).sum().to(wide)
+        ctx.mark_non_differentiable(sums, predictions)
+        return total, sums, predictions
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weight, *grad_hidden = ctx.saved_tensors
+        weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
+        hidden = [
+            (h * grad_total).to(h.dtype) if needs else None
+            for h, needs in zip(grad_hidden, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return weight, None, None, *hidden
+
+
+def sequential_backward(
+    z: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], weight: Tensor, labels: Tensor, scales: Tensor
+) -> LossOutput:
+    """The paper's memory trick (section 2, figure 2): forward and backward head by head, then the trunk once.
+
+    z (B, T, D): trunk output with its graph; heads: functions z -> normalised state (B, T, D). Gradients are in the
+    parameters' `.grad` on return. All logits of one head are held: the readable twin of `mtp_loss`.
+    """
+    trunk = z.detach().requires_grad_()
+    sums, predictions = [], []
+    for d, head in enumerate(heads):
+        logits = head(trunk) @ weight.T if not torch.is_autocast_enabled(z.device.type) else _autocast_mm(head(trunk), weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        total = torch.nn.functional.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
+        (total * scales[d].to(total)).backward()  # type: ignore[no-untyped-call]
+        sums.append(total.detach().double())
+        predictions.append(logits.detach().argmax(-1).view_as(labels[d]))
+    if z.requires_grad:
+        z.backward(trunk.grad)  # type: ignore[no-untyped-call]
+    all_sums, first = torch.stack(sums), torch.stack(predictions)
+    return LossOutput((all_sums * scales.to(all_sums)).sum(), all_sums, _correct(first, labels), first)
+
+
+def _autocast_mm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight)
+
+
+def oracle_loss(
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    tokens: Tensor,
+    document_ids: Tensor,
+    label_mask: Tensor,
+    head_weights: Sequence[float],
+    *,
+    across_documents: bool = False,
+) -> Tensor:
+    """The definition in plain loops over heads, rows and positions: slow, differentiable, shares no code with the rest.
+
+    hidden: n states (B, T, D); weight (V, D); windows (B, T + n). Run it on a batch of your own to check a loss.
+    """
+    n, (B, T, _) = len(hidden), hidden[0].shape
+    total = weight.new_zeros(())
+    for i in range(1, n + 1):
+        losses = []
+        for b in range(B):
+            for t in range(T):
+                if document_ids[b, t] < 0 or document_ids[b, t + i] < 0 or not label_mask[b, t + i]:
+                    continue
+                if not across_documents and document_ids[b, t] != document_ids[b, t + i]:
+                    continue
+                logits = weight @ hidden[i - 1][b, t]
+                losses.append(torch.logsumexp(logits, 0) - logits[tokens[b, t + i]])
+        if losses:
+            total = total + head_weights[i - 1] * torch.stack(losses).sum() / len(losses)
+    return total
+
+
+def _correct(predictions: Tensor, labels: Tensor) -> Tensor:
+    return (predictions == labels).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a head's first choice is what head 1 chooses for the same token once it stands there.
+
+    agreed, count (n,): pairs that agree and pairs compared; head 1 agrees with itself. accepted (n - 1,): positions at
+    which the drafts of heads 2..i+1 all agree; positions: how many have every pair.
+    """
+
+    agreed: Tensor
+    count: Tensor
+    accepted: Tensor
+    positions: Tensor
+
+
+def agreement(predictions: Tensor, document_ids: Tensor) -> Agreement:
+    """Teacher-forced agreement with head 1 from first choices (n, B, T) and the windows' document ids (B, T + n)."""
+    n, B, T = predictions.shape
+    # Head 1's choice at position t stands at t + 1: as a token sequence, `targets` aligns it with every head.
+    chosen = torch.zeros(B, T + n, dtype=torch.int64, device=predictions.device)
+    chosen[:, 1 : T + 1] = predictions[0]
+    known = torch.zeros_like(chosen, dtype=torch.bool)
+    known[:, 1 : T + 1] = True
+    wanted = targets(chosen, document_ids, known, n)
+    agrees = predictions == wanted
+    complete = (wanted != IGNORE).all(0)
+    accepted = agrees[1:].int().cumprod(0).bool() & complete
+    return Agreement(agrees.flatten(1).sum(1), valid_counts(wanted), accepted.flatten(1).sum(1), complete.sum())
+
+
+def predicted_tokens_per_step(accepted: Tensor, positions: Tensor) -> float:
+    """1 + the mean number of drafts accepted, from the sums of `Agreement`."""
+    return 1.0 + float(accepted.sum()) / max(1, int(positions))

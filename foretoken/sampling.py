@@ -1,0 +1,107 @@
+"""From logits to a token: filters, noise keyed by (seed, position, token), and the one acceptance rule.
+
+The token at absolute position p is the argmax of filtered logits + temperature x Gumbel noise, and the noise is a pure
+function of (seed, p, token id). So a request's output depends on (weights, prompt, parameters, seed) alone: not on how
+many tokens were drafted nor on the batch. At temperature 0 the noise has no weight, which makes greedy decoding the
+limit of the same rule. A draft is accepted when it equals the token that the target picks by this rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foretoken.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature = {self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k = {self.top_k} must be 0 (off) or the number of tokens to keep")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} must lie above 0 and at most at 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p = {self.min_p} must lie between 0 and 1")
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (..., V) with -inf where a filter drops the token; the most likely token always stays.
+
+    In this order, each on what the one before left: top-k keeps the k likeliest, top-p the smallest set of the
+    likeliest whose probability reaches p, min-p those with at least min_p times the highest probability. Probabilities
+    are those at `temperature`. Tokens as likely as the last one kept by top-k stay too.
+    """
+    if sampling.temperature == 0:
+        return logits  # every filter keeps the argmax, and nothing else can be picked
+    if sampling.top_k and sampling.top_k < logits.size(-1):
+        kth = logits.topk(sampling.top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead of this one
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    if sampling.min_p > 0:
+        probabilities = (logits / sampling.temperature).softmax(-1)
+        drop = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return logits
+
+
+def pick(logits: Tensor, positions: Tensor, seeds: Tensor, sampling: Sampling) -> Tensor:
+    """The tokens (...) that stand at `positions` (...), from logits (..., V) and seeds that broadcast to positions."""
+    kept = filtered(logits, sampling)
+    if sampling.temperature > 0:  # otherwise the noise has no weight and need not be made
+        kept = kept + sampling.temperature * gumbel(seeds, positions, logits.size(-1)).to(kept.dtype)
+    return kept.argmax(-1)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise (..., V) in float64, a pure function of (seed, position, token id).
+
+    seeds and positions are int64 and broadcast. The bits are a counter hash: splitmix64's finaliser (Steele et al.
+    2014) over the three keys in turn, the same on every device.
+    """
+    tokens = torch.arange(vocab_size, device=positions.device)
+    keys = _mix(_mix(_mix(seeds) ^ positions)[..., None] ^ tokens)
+    uniform = ((keys >> 12) & ((1 << 52) - 1)).double()
+    uniform = (uniform + 0.5) / (1 << 52)  # never 0 and never 1
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's step on int64, whose products wrap around as unsigned ones do."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift would copy the sign
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+def accepted(drafts: list[int], picked: list[int]) -> int:
+    """How many drafts are accepted: the longest prefix in which each draft is the token that the target picks there."""
+    count = 0
+    for draft, token in zip(drafts, picked, strict=False):
+        if draft != token:
+            break
+        count += 1
+    return count
