@@ -157,6 +157,9 @@ class DataConfig(_Section):
 
     A source is a file, a folder, a glob, `stdlib` (the Python standard library of this interpreter) or `hf:NAME`
     (a Hugging Face data set). A text file is one document, a record of .jsonl, .jsonl.gz or .parquet is one.
+
+    Held out for validation is, in this order: what `split_field` does not call train, the sources in `validation`, or
+    `validation_fraction` of the documents by a hash of their text (of fewer than 20 documents, the end of each).
     """
 
     source: tuple[str, ...] = ("stdlib",)
@@ -174,6 +177,8 @@ class DataConfig(_Section):
     def _prompt_with_response(self) -> DataConfig:
         if (self.prompt_field is None) != (self.response_field is None):
             raise ValueError("prompt_field and response_field go together")
+        if self.split_field and self.validation:
+            raise ValueError("split_field and validation both say what is held out; give one of them")
         return self
 
 
@@ -214,9 +219,9 @@ class TrainConfig(_Section):
     micro_batch_size: int | None = Field(default=None, ge=1, description="windows per forward; divides batch_size")
     seq_len: int = Field(ge=1)
     attention_across_documents: bool = True
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_windows: int = Field(default=64, ge=1)

@@ -1,7 +1,7 @@
 """Sources to batches, in four steps.
 
-1. Sources are read into documents, in an order that depends on names alone (`documents`).
-2. Each document goes to the train or the validation split (`split_documents`).
+1. Sources are read into documents, in an order that depends on names alone (sources.documents).
+2. Each document goes to the train or the validation split (sources.split_documents).
 3. Both splits are tokenised once into memory-mapped shards, with every document's bounds beside them, in a cache
    folder that appears by one rename when it is complete (`prepare`).
 4. A batch is a pure function of (seed, step, rank, world_size) on those shards (`Windows.batch`). There is no loader
@@ -10,21 +10,15 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import importlib
-import itertools
 import json
 import os
 import shutil
-import sysconfig
 import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,253 +26,15 @@ from numpy.typing import NDArray
 
 from foretoken.config import DataConfig
 from foretoken.errors import ConfigError, DataError
+from foretoken.sources import Document, Split, documents, source_files, split_documents
 from foretoken.tokenizer import Tokenizer, utf8
 
-Split = Literal["train", "validation"]
+__all__ = ["Batch", "Document", "Split", "Tokens", "Windows", "documents", "prepare", "split_documents"]
 
-# What a folder is searched for, beside records. A file or a glob is taken whatever its suffix.
-TEXT_SUFFIXES = tuple(
-    ".txt .text .md .rst .tex .html .xml .csv .json .yaml .yml .toml .ini .cfg .sh .sql .py .pyi .ipynb .c .h .cc .cpp "
-    ".hpp .cu .cs .java .kt .scala .go .rs .swift .js .jsx .ts .tsx .css .rb .php .pl .lua .r .jl .hs .ml .lean".split()
-)
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-FEW_DOCUMENTS = 20
 SHARD_TOKENS = 64 * 2**20
 _FORMAT = 1
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22
-_NOT_LIBRARY = set(
-    "test tests idle_test encodings site-packages dist-packages _vendor ensurepip lib2to3 pydoc_data turtledemo "
-    "__pycache__".split()
-)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `prompt` is read by the model but is no target; `split` is what the record's split field says."""
-
-    text: str
-    name: str
-    prompt: str = ""
-    domain: str | None = None
-    split: str | None = None
-
-
-# ------------------------------------------------------------------------------------------------ 1. sources
-
-
-def documents(config: DataConfig, sources: Sequence[str]) -> Iterator[Document]:
-    """Every document of `sources`, in order; empty texts are left out.
-
-    Newlines stay as they are. Raises DataError with file and place for whatever cannot be read.
-    """
-    for source in sources:
-        if source.startswith("hf:"):
-            yield from _record_documents(config, _hf_records(source))
-            continue
-        for path in source_files(source):
-            name = path.name.lower()
-            if name.endswith((".jsonl", ".jsonl.gz")):
-                found = _record_documents(config, _json_records(path, config.errors))
-            elif name.endswith(".parquet"):
-                found = _record_documents(config, _parquet_records(config, path))
-            else:
-                found = _text_document(path, config.errors, skip_invalid=source == "stdlib")
-            yield from found
-
-
-def source_files(source: str) -> list[Path]:
-    """The files of a source, sorted by name. Raises DataError where there is none."""
-    path = Path(source).expanduser()
-    if source == "stdlib":
-        library = Path(sysconfig.get_paths()["stdlib"])
-        files = _walk(library, (".py",), lambda name: name in _NOT_LIBRARY or name.startswith(("test_", "config-")))
-    elif path.is_dir():
-        files = _walk(path, TEXT_SUFFIXES + RECORD_SUFFIXES, lambda name: name.startswith("."))
-    else:
-        names = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
-        files = [Path(name) for name in names if Path(name).is_file()]
-    if not files:
-        what = "holds no file with a known text suffix" if path.is_dir() else "matches no file"
-        raise DataError(f"source '{source}' {what}; give a file, a folder, a glob, stdlib or hf:NAME")
-    return sorted(files, key=lambda file: file.as_posix())
-
-
-def _walk(root: Path, suffixes: tuple[str, ...], skipped: Callable[[str], bool]) -> list[Path]:
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not skipped(name)]
-        files += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and not skipped(name)]
-    return files
-
-
-def _text_document(path: Path, errors: str, skip_invalid: bool) -> Iterator[Document]:
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8", errors)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        if skip_invalid:
-            return
-        raise _invalid_utf8(path, error.start) from None
-    if text:
-        yield Document(text, str(path))
-
-
-def _invalid_utf8(path: Path, offset: int) -> DataError:
-    rule = 'save it as UTF-8, or set data.errors = "replace" to read U+FFFD there'
-    return DataError(f"{path}: invalid UTF-8 at byte {offset}; {rule}")
-
-
-def _json_records(path: Path, errors: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    offset = 0
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(cast(BinaryIO, file), 1):
-                try:
-                    text = line.decode("utf-8", errors)
-                    record = json.loads(text) if text.strip() else None
-                except UnicodeDecodeError as error:
-                    raise _invalid_utf8(path, offset + error.start) from None
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from None
-                if isinstance(record, dict):
-                    yield f"{path}:{number}", record
-                elif text.strip():
-                    raise DataError(f"{path}:{number}: a record must be an object like {{\"text\": ...}}")
-                offset += len(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged gzip: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-
-
-def _parquet_records(config: DataConfig, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    arrow, parquet = _extra("pyarrow", "parquet"), _extra("pyarrow.parquet", "parquet")
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = set(file.schema_arrow.names)
-            wanted = {field for field in _fields(config) if field is not None}
-            # Without one of them every column is read, so that the error can name those there are.
-            for batch in file.iter_batches(batch_size=1024, columns=sorted(wanted) if wanted <= names else None):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", record
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet: {_first_line(error)}") from None
-
-
-def _hf_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    name, _, config_name = source.removeprefix("hf:").partition(":")
-    datasets = _extra("datasets", "hf")
-    try:
-        rows = datasets.load_dataset(name, config_name or None, split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield f"{source}:{number}", record
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {_first_line(error)}") from None
-
-
-def _extra(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f"this source needs {module}: pip install 'foretoken[{extra}]'") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _fields(config: DataConfig) -> tuple[str | None, str, str | None, str | None]:
-    """Names of the prompt, text, domain and split fields."""
-    return config.prompt_field, config.response_field or config.text_field, config.domain_field, config.split_field
-
-
-def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Document]:
-    for where, record in records:
-        values: list[str | None] = []
-        for field, is_text in zip(_fields(config), (True, True, False, False), strict=True):
-            if field is not None and field not in record:
-                raise DataError(f"{where}: no field '{field}'; the record has {', '.join(sorted(record)) or 'none'}")
-            value = None if field is None else record[field]
-            if is_text and field is not None:
-                if not isinstance(value, str):
-                    raise DataError(f"{where}: field '{field}' is {json.dumps(value, default=str)[:40]}, not a text")
-                value = _without_surrogates(value, where, config.errors)
-            values.append(None if value is None else str(value))
-        prompt, text, domain, split = values
-        if text:
-            yield Document(text, where, prompt or "", domain, split)
-
-
-def _without_surrogates(text: str, where: str, errors: str) -> str:
-    if errors == "replace":  # JSON can spell half a character, \ud83d
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    try:
-        utf8(text)
-    except DataError as error:
-        raise DataError(f'{where}: {error}; set data.errors = "replace" to read U+FFFD there') from None
-    return text
-
-
-# ------------------------------------------------------------------------------------------------ 2. splits
-
-
-def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
-    """Every document with its split, by the first rule that applies.
-
-    split_field: records that say "train" train, all others validate (a text file says nothing and trains).
-    validation: its sources validate. Fewer than 20 documents: the last `validation_fraction` of each validates, cut
-    at a line's end where one is near. Else by SHA-256 of the text, so equal documents share a split; should none
-    fall to validation, the one with the lowest hash does.
-    """
-    source = documents(config, config.source)
-    if config.split_field is not None:
-        yield from ((d, "train" if d.split in ("train", None) else "validation") for d in source)
-    elif config.validation:
-        yield from ((d, "train") for d in source)
-        yield from ((d, "validation") for d in documents(config, config.validation))
-    else:
-        first = list(itertools.islice(source, FEW_DOCUMENTS))
-        if len(first) < FEW_DOCUMENTS:
-            yield from (part for d in first for part in _cut(d, config.validation_fraction))
-        else:
-            yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
-
-
-def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, Split]]:
-    text = document.text
-    cut = round(len(text) * (1 - fraction))
-    line = text.rfind("\n", 0, cut) + 1
-    if len(text) - line <= 2 * (len(text) - cut):
-        cut = line
-    if cut > 0:
-        yield replace(document, text=text[:cut]), "train"
-    if cut < len(text):
-        yield replace(document, text=text[cut:], prompt="" if cut > 0 else document.prompt), "validation"
-
-
-def _by_hash(source: Iterable[Document], fraction: float) -> Iterator[tuple[Document, Split]]:
-    lowest, held, found = 2.0, list[Document](), False  # held: the documents with the lowest hash, while none is found
-    for document in source:
-        digest = hashlib.sha256(utf8(document.prompt + document.text)).digest()
-        value = int.from_bytes(digest[:8], "big") / 2**64
-        if value < fraction:
-            found = True
-            yield document, "validation"
-        elif found or value > lowest:
-            yield document, "train"
-        else:
-            if value < lowest:
-                yield from ((d, "train") for d in held)
-                lowest, held = value, []
-            held.append(document)
-    yield from ((d, "train" if found else "validation") for d in held)
-
-
-# ------------------------------------------------------------------------------------------------ 3. shards
+_ROW = 5  # numbers per document, see Tokens.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,11 +74,18 @@ class Tokens:
     def label_mask(self, i: int) -> NDArray[np.bool_]:
         """For each token of document i, whether it may be a target: false for a prompt and the bos before it."""
         start, stop, masked = self.rows[i, :3]
-        return np.arange(stop - start) >= masked
+        mask: NDArray[np.bool_] = np.arange(stop - start) >= masked
+        return mask
 
     def text_bytes(self, i: int) -> int:
         """UTF-8 bytes of document i's text, its prompt left out: what bits per byte divide by."""
         return int(self.rows[i, 3])
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens that are targets / UTF-8 bytes of text: turns a mean loss per token into one per byte."""
+        bounds = self.rows[:, 1] - self.rows[:, 0] - self.rows[:, 2]
+        return float(bounds.sum() / max(1, self.rows[:, 3].sum()))
 
     def domain(self, i: int) -> str | None:
         """The domain of document i, if its record named one."""
@@ -346,21 +109,235 @@ def prepare(
         try:
             building.mkdir(parents=True)
             _write(config, tokenizer, building, progress)
-            if folder.exists() and _open(folder, split) is None:
-                folder.rename(root / f"{building.name}-damaged")
-            if not folder.exists():
-                building.rename(folder)
+            tokens = _install(building, folder, split)
         except OSError as error:
-            # A folder that appeared meanwhile is another process's, complete, and as good as ours.
-            if not folder.exists():
-                hint = "set data.cache_dir to a folder with room that you may write"
-                raise DataError(f"token cache {root}: {error.strerror}; {hint}") from None
+            hint = "set data.cache_dir to a folder with room, that you may write to"
+            raise DataError(f"token cache {root}: {error.strerror or error}; {hint}") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(root / f"{building.name}-damaged", ignore_errors=True)
-        tokens = _open(folder, split)
+    if tokens.documents == 0:
+        where = ", ".join(config.source if split == "train" else config.validation or config.source)
+        raise DataError(f"no document for the {split} split in {where}: it is empty, or no record says so")
+    return tokens
+
+
+def _cache_root(config: DataConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretoken"
+
+
+def _cache_key(config: DataConfig, tokenizer: Tokenizer) -> str:
+    values = [_FORMAT, SHARD_TOKENS, tokenizer.fingerprint, config.model_dump_json(exclude={"cache_dir"})]
+    digest = hashlib.sha256(json.dumps(values).encode())
+    for source in config.source + config.validation:
+        for path in [] if source.startswith("hf:") else source_files(source):
+            stat = path.stat()
+            digest.update(json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _install(building: Path, folder: Path, split: Split) -> Tokens:
+    """Rename a finished folder into place, unless another process was first, and open it."""
+    if folder.exists() and _open(folder, split) is None:
+        damaged = folder.rename(folder.with_name(f"{building.name}-damaged"))
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        building.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    tokens = _open(folder, split)
     if tokens is None:
         raise DataError(f"token cache {folder} changed while it was written; run again")
-    if tokens.documents == 0:
-        raise DataError(f"the {split} split of {', '.join(config.source)} is empty; check data.source and its split")
     return tokens
+
+
+def _open(folder: Path, split: Split) -> Tokens | None:
+    """The tokens in a cache folder; None where it is missing or a file is not as long as meta.json says."""
+    try:
+        values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))[split]
+        total, count, per_shard = values["total"], values["documents"], values["shard_tokens"]
+        lengths = [min(per_shard, total - start) for start in range(0, total, per_shard)]
+        shards = [_map(_shard(folder, split, i), values["dtype"], n) for i, n in enumerate(lengths)]
+        rows = _map(folder / f"{split}-documents.bin", "<i8", count * _ROW).reshape(count, _ROW)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Tokens(total, count, values["fingerprint"], tuple(values["domains"]), rows, tuple(shards), per_shard)
+
+
+def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    if path.stat().st_size != count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} is not {count} x {dtype}")
+    return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
+
+
+def _shard(folder: Path, split: Split, index: int) -> Path:
+    return folder / f"{split}-tokens-{index:05d}.bin"
+
+
+@dataclass
+class _Written:
+    """What a split's files hold so far."""
+
+    dtype: str
+    total: int = 0
+    documents: int = 0
+    domains: dict[str | None, int] = field(default_factory=lambda: {None: -1})
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+def _write(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None] | None) -> None:
+    dtype = "<u1" if tokenizer.vocab_size <= 2**8 else "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    splits: dict[Split, _Written] = {"train": _Written(dtype), "validation": _Written(dtype)}
+    for name in splits:
+        (folder / f"{name}-documents.bin").touch()
+    for chunk in _chunks(split_documents(config)):
+        for split, written in splits.items():
+            _append(folder, split, written, tokenizer, [document for document, its in chunk if its == split])
+        if progress is not None:
+            progress(sum(written.total for written in splits.values()))
+    meta = {
+        split: {
+            "total": written.total,
+            "documents": written.documents,
+            "domains": list(written.domains)[1:],
+            "fingerprint": written.digest.hexdigest(),
+            "dtype": dtype,
+            "shard_tokens": SHARD_TOKENS,
+        }
+        for split, written in splits.items()
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _chunks(pairs: Iterable[tuple[Document, Split]]) -> Iterator[list[tuple[Document, Split]]]:
+    chunk: list[tuple[Document, Split]] = []
+    characters = 0
+    for document, split in pairs:
+        chunk.append((document, split))
+        characters += len(document.prompt) + len(document.text)
+        if len(chunk) == _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    yield chunk
+
+
+def _append(folder: Path, split: Split, written: _Written, tokenizer: Tokenizer, chunk: list[Document]) -> None:
+    """Add documents to a split's files: each bos + prompt + text + eos, and a row of Tokens.rows."""
+    if not chunk:
+        return
+    bos = np.array([tokenizer.bos_id] if tokenizer.adds_bos else [], written.dtype)
+    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], written.dtype)
+    texts = _ids(tokenizer, [document.text for document in chunk], written.dtype)
+    prompts = _ids(tokenizer, [document.prompt for document in chunk], written.dtype)
+    pieces, rows, end = [], [], written.total
+    for document, prompt, text in zip(chunk, prompts, texts, strict=True):
+        pieces += [bos, prompt, text, eos]
+        start, end = end, end + len(bos) + len(prompt) + len(text) + len(eos)
+        masked = len(bos) + len(prompt) if document.prompt else 0
+        domain = written.domains.setdefault(document.domain, len(written.domains) - 1)
+        rows += [start, end, masked, len(utf8(document.text)), domain]
+    tokens, table = np.concatenate(pieces), np.array(rows, "<i8")
+    written.documents += len(chunk)
+    written.digest.update(tokens)
+    written.digest.update(table)
+    with (folder / f"{split}-documents.bin").open("ab") as file:
+        file.write(table.tobytes())
+    while len(tokens):
+        index, used = divmod(written.total, SHARD_TOKENS)
+        part, tokens = np.split(tokens, [SHARD_TOKENS - used])
+        with _shard(folder, split, index).open("ab") as file:
+            file.write(part.tobytes())
+        written.total += len(part)
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str], dtype: str) -> list[NDArray[Any]]:
+    if tokenizer.kind == "bytes":  # as encode_batch, without a Python integer per byte
+        return [np.frombuffer(utf8(text), np.uint8).astype(dtype) for text in texts]
+    return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows of T + n tokens, each (B, T + n): position t's targets are tokens t+1..t+n.
+
+    `document_ids` tells the documents of a window apart and is -1 where the epoch has ended; there the token is 0 and
+    `label_mask` false, as it is for prompts.
+    """
+
+    tokens: torch.Tensor
+    document_ids: torch.Tensor
+    label_mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    documents: NDArray[np.int64]  # in stream order
+    ends: NDArray[np.int64]  # of those documents, in the stream
+    windows: NDArray[np.int64]
+
+
+class Windows:
+    """Batches of windows, a pure function of the arguments and of (step, rank, world_size).
+
+    An epoch is a stream of all documents in an order drawn from (seed, epoch). Windows start at multiples of T
+    (`seq_len`) and carry n (`n_future`) tokens more, which the next window repeats, so every token of an epoch is the
+    input of exactly one position and every target that exists is there; the last window is padded. The order of the
+    windows is drawn too. With `shuffle=False` documents and windows keep their order, in every epoch.
+
+    Raises DataError for a corpus shorter than one window.
+    """
+
+    def __init__(
+        self, tokens: Tokens, seq_len: int, n_future: int, batch_size: int, seed: int, shuffle: bool = True
+    ) -> None:
+        if tokens.total < seq_len + n_future:
+            raise DataError(f"corpus has {tokens.total} tokens, one window needs {seq_len + n_future}")
+        self.tokens, self.seq_len, self.n_future = tokens, seq_len, n_future
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self._epochs: dict[int, _Epoch] = {}  # the newest two: drawing an order reads all document bounds
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows that use every token once as an input."""
+        return -(-self.tokens.total // self.seq_len)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """This rank's share of step `step`: B = batch_size / world_size windows, the ranks' one after the other.
+
+        Raises ConfigError where world_size does not divide batch_size.
+        """
+        if self.batch_size % world_size:
+            raise ConfigError(f"batch_size = {self.batch_size} is not a multiple of the {world_size} processes")
+        share = self.batch_size // world_size
+        numbers = step * self.batch_size + rank * share + np.arange(share)
+        epochs, windows = np.divmod(numbers, self.windows_per_epoch)
+        parts = [self._read(int(epoch), windows[epochs == epoch]) for epoch in np.unique(epochs)]
+        tokens, document_ids, label_mask = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
+        )
+        return Batch(tokens, document_ids, label_mask)
+
+    def _read(self, epoch: int, windows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        order = self._epoch(epoch)
+        starts = order.windows[windows][:, None] * self.seq_len
+        positions = starts + np.arange(self.seq_len + self.n_future)  # (B, T + n), in the stream
+        exists = positions < self.tokens.total
+        positions = np.minimum(positions, self.tokens.total - 1)
+        slots = np.searchsorted(order.ends, positions, side="right")
+        rows = self.tokens.rows[order.documents[slots]]  # (B, T + n, 5)
+        offsets = positions - order.ends[slots] + rows[..., 1] - rows[..., 0]  # in the document
+        tokens = np.where(exists, self.tokens.gather(rows[..., 0] + offsets), 0)
+        return tokens, np.where(exists, slots, -1), exists & (offsets >= rows[..., 2])
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            documents, windows = np.arange(self.tokens.documents), np.arange(self.windows_per_epoch)
+            if self.shuffle:
+                random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+                documents, windows = random.permutation(documents), random.permutation(windows)
+            lengths = self.tokens.rows[:, 1] - self.tokens.rows[:, 0]
+            self._epochs = dict([*self._epochs.items()][-1:])
+            self._epochs[epoch] = _Epoch(documents, np.cumsum(lengths[documents]), windows)
+        return self._epochs[epoch]

@@ -166,9 +166,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    bos, eos, pad = (backend.token_to_id(name) for name in _SPECIALS)
-    _frame(backend, bos)
-    return Tokenizer(backend, bos, eos, pad)
+    _frame(backend)
+    return Tokenizer(backend, *(backend.token_to_id(name) for name in _SPECIALS))
 
 
 def from_config(config: TokenizerConfig) -> Tokenizer:
@@ -196,11 +195,7 @@ def load(path: str | Path) -> Tokenizer:
     bos, eos, pad = (_special_id(backend, role, beside) for role in ("bos", "eos", "pad"))
     template = file.with_name("chat_template.jinja")
     chat_template = template.read_text(encoding="utf-8") if template.is_file() else beside.get("chat_template")
-    tokenizer = Tokenizer(backend, bos, eos, pad, chat_template)
-    # transformers rewrites the frame by this key, so a published tokenizer.json alone may lack its bos
-    if bos is not None and beside.get("add_bos_token") is (not tokenizer.adds_bos):
-        _frame(backend, None if tokenizer.adds_bos else bos)
-    return tokenizer
+    return Tokenizer(backend, bos, eos, pad, chat_template)
 
 
 def utf8(text: str) -> bytes:
@@ -220,16 +215,15 @@ def _byte_backend() -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*_SPECIALS, "<|unused|>")])
-    _frame(backend, backend.token_to_id("<|bos|>"))
+    _frame(backend)
     return backend
 
 
-def _frame(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
-    bos = "" if bos_id is None else backend.id_to_token(bos_id)
+def _frame(backend: tokenizers.Tokenizer) -> None:
+    """Have the post-processor put <|bos|> in front."""
+    bos = _SPECIALS[0]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A".strip(),
-        pair=f"{bos} $A {bos} $B:1".strip(),
-        special_tokens=[] if bos_id is None else [(bos, bos_id)],
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
     )
 
 

@@ -1,0 +1,165 @@
+"""Hugging Face's layout: config.json and tensor names of Llama, Mistral, Qwen2 and Qwen3, and of our heads beside it.
+
+The next-token path has the names transformers gives it, so a checkpoint directory needs no conversion. Heads 2..n lie
+in `mtp_heads/` in the form that engines draft from. Renaming happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foretoken.config import Architecture, ModelConfig, RopeScaling, validated
+from foretoken.errors import CheckpointError
+
+_CLASSES: dict[Architecture, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def main_name(name: str, config: ModelConfig) -> str | None:
+    """Hugging Face's name of our parameter `name`, or None for one of heads 2..n or a tied unembedding."""
+    if name == "lm_head.weight":
+        return None if config.tie_word_embeddings else name
+    if name.startswith("trunk."):
+        return "model.layers." + name.removeprefix("trunk.")
+    if name.startswith("heads."):
+        depth, _, rest = name.removeprefix("heads.").partition(".")
+        return f"model.layers.{config.num_hidden_layers - 1}.{rest}" if depth == "0" else None
+    return "model." + name
+
+
+def heads_name(name: str) -> str | None:
+    """Name in `mtp_heads/` of our parameter `name`: heads 2..n count from 0, the shared final norm goes along."""
+    if name == "norm.weight":
+        return name
+    if not name.startswith("heads."):
+        return None
+    depth, _, rest = name.removeprefix("heads.").partition(".")
+    return None if depth == "0" else f"heads.{int(depth) - 1}.{rest}"
+
+
+def main_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
+    """config.json of the next-token path: an ordinary Llama's (or Mistral's, Qwen2's, Qwen3's)."""
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_theta": config.rope_theta, **config.rope_scaling.model_dump()}
+    values: dict[str, Any] = {"architectures": [_CLASSES[config.architecture]], "model_type": config.architecture}
+    values |= {key: getattr(config, key) for key in _COPIED}
+    values |= {
+        "hidden_act": "silu",
+        # transformers 5 reads rope_parameters, older versions and other engines the two keys that it replaced
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else config.rope_scaling.model_dump(),
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+    }
+    if config.architecture in ("llama", "qwen3"):
+        values["attention_bias"] = False
+    if config.architecture == "llama":
+        values["mlp_bias"] = False
+    if config.architecture == "mistral":
+        values["sliding_window"] = None
+    if config.architecture in ("qwen2", "qwen3"):
+        values |= {"use_sliding_window": False, "sliding_window": None}
+    return values
+
+
+def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
+    """mtp_heads/config.json of kind `parallel`: what an EAGLE-3 drafter class that runs all heads is set up from.
+
+    `hidden_size` is (n - 1) times the model's, the width in which such a class carries all heads' states at once; the
+    true width and the kind stand under our own key.
+    """
+    n = config.n_future
+    return main | {
+        "architectures": ["MtpHeadsEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": n - 1,
+        "hidden_size": (n - 1) * config.hidden_size,
+        "head_dim": config.head_dim,
+        "draft_vocab_size": config.vocab_size,
+        "eagle_aux_hidden_state_layer_ids": [config.num_hidden_layers - 1],
+        "foretoken": {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size},
+    }
+
+
+def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: str) -> ModelConfig:
+    """Our configuration from config.json and, when there is one, mtp_heads/config.json.
+
+    Raises CheckpointError for an architecture or an option that our layers do not compute.
+    """
+    architecture = next((a for a, name in _CLASSES.items() if name in (values.get("architectures") or [])), None)
+    if architecture is None:
+        raise CheckpointError(
+            f"{where}: architectures = {values.get('architectures')}; supported are {', '.join(_CLASSES.values())}"
+        )
+    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values]
+    if missing or "num_attention_heads" not in values:
+        raise CheckpointError(f"{where}: '{(missing or ['num_attention_heads'])[0]}' is missing")
+    _refuse_unsupported(values, architecture, where)
+    fields: dict[str, Any] = {key: values[key] for key in _COPIED if values.get(key) is not None}
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    fields.setdefault("max_position_embeddings", 2048)
+    fields.setdefault("rms_norm_eps", 1e-6)
+    theta, scaling = _rope(values, where)
+    fields |= {"architecture": architecture, "rope_theta": theta, "rope_scaling": scaling}
+    if heads is not None:
+        own = heads.get("foretoken")
+        if not isinstance(own, dict) or "n_future" not in own or "head_kind" not in own:
+            raise CheckpointError(f"{where.removesuffix('config.json')}mtp_heads/config.json: no 'foretoken' key with head_kind and n_future")
+        if own.get("hidden_size") != fields["hidden_size"]:
+            raise CheckpointError(
+                f"{where.removesuffix('config.json')}mtp_heads/config.json: heads of width {own.get('hidden_size')} "
+                f"beside a model of width {fields['hidden_size']}"
+            )
+        fields |= {"n_future": own["n_future"], "head_kind": own["head_kind"]}
+    return validated(ModelConfig, fields, where)
+
+
+def _rope(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or values.get("rope_theta") or 10_000.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(f"{where}: rope type '{kind}'; supported are default and llama3")
+    return theta, validated(
+        RopeScaling, {k: parameters[k] for k in RopeScaling.model_fields if k in parameters}, f"{where}: rope"
+    )
+
+
+def _refuse_unsupported(values: dict[str, Any], architecture: Architecture, where: str) -> None:
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{where}: hidden_act = '{values['hidden_act']}'; supported is silu")
+    if values.get("mlp_bias"):
+        raise CheckpointError(f"{where}: mlp_bias = true is not supported")
+    if values.get("attention_bias") and architecture in ("llama", "qwen3"):
+        raise CheckpointError(f"{where}: attention_bias = true is not supported")
+    # Mistral's window is on when the key holds a number, Qwen's only when use_sliding_window says so.
+    window = values.get("sliding_window") if architecture == "mistral" else values.get("use_sliding_window")
+    if window:
+        raise CheckpointError(f"{where}: sliding-window attention is not supported; full attention is")
