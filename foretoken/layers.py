@@ -7,7 +7,7 @@ width, V vocabulary, K drafts, n heads of the model, m blocks that read the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,14 @@ class Rotary(nn.Module):
         smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         return torch.lerp(inv_freq / scaling.factor, inv_freq, smooth.clamp(0, 1))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.inv_freq = self._frequencies().to(self.inv_freq.device)  # a model in bfloat16 still needs exact angles
+        return self
+
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (..., T, H) at `positions` (..., T); the first half of sin is negative (see `rotate`)."""
-        inv_freq = self.inv_freq.float()  # a model in bfloat16 still needs exact angles
-        angles = positions[..., None].float() * inv_freq  # (..., T, H/2)
+        angles = positions[..., None].float() * self.inv_freq  # (..., T, H/2)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
@@ -187,9 +191,8 @@ class BlockStack:
         self.qk_norm: Tensor | None = None
         if first.q_norm is not None and first.k_norm is not None:
             norms = _share([[a.q_norm.weight, a.k_norm.weight] for a in attentions if a.q_norm and a.k_norm])
-            norms = norms.view(self.m, 2, self.head_dim)
-            repeats = torch.tensor([self.heads, self.kv_heads], device=norms.device)
-            self.qk_norm = norms.repeat_interleave(repeats, dim=1)[:, None]  # (m, 1, N + Nkv, H)
+            self.qk_norm = norms.view(self.m, 1, 2, self.head_dim)
+            self.norm_of = torch.tensor([0] * self.heads + [1] * self.kv_heads, device=norms.device)
 
     def forward(self, x: Tensor, context: Context, positions: Tensor, cache: KVCache, block: int, used: int) -> Tensor:
         """Run the first `used` of the m blocks on x (1, B, T, D); cache them from index `block` on.
@@ -206,7 +209,7 @@ class BlockStack:
         qkv = qkv.view(m, rows, rotated + self.kv_heads, self.head_dim)
         qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
         if self.qk_norm is not None:
-            qk = unit_rms(qk, self.eps) * self.qk_norm[:m]
+            qk = unit_rms(qk, self.eps) * self.qk_norm[:m, :, self.norm_of]  # (m, BT, N + Nkv, H)
         cos, sin = context.cos.view(1, rows, 1, -1), context.sin.view(1, rows, 1, -1)
         qk = rotate(qk, cos, sin).view(m, B, T, rotated, self.head_dim).transpose(2, 3)  # (m, B, N + Nkv, T, H)
         v = v.reshape(m, B, T, self.kv_heads, self.head_dim).transpose(2, 3)
@@ -234,6 +237,7 @@ def _bmm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x, weight)
 
 
+@torch.inference_mode(False)  # decoding calls this, and parameters must stay trainable
 @torch.no_grad()
 def _share(parameters: list[list[nn.Parameter]]) -> Tensor:
     """One tensor of which the given parameters, m lists of them, become views.

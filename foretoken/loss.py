@@ -76,6 +76,8 @@ def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: T
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = [h.to(dtype) for h in hidden], weight.to(dtype)
     flat = [h.flatten(0, 1) for h in hidden]
+    if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
+        weight, flat = weight.detach(), [h.detach() for h in flat]
     total, sums, predictions = _ChunkedCrossEntropy.apply(weight, labels.flatten(1), scales, *flat)
     predictions = predictions.view_as(labels)
     return LossOutput(total, sums, _correct(predictions, labels), predictions)

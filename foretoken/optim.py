@@ -29,9 +29,9 @@ def make_optimizers(model: Model, config: OptimConfig) -> list[torch.optim.Optim
         {"params": vectors, "weight_decay": 0.0, "peak_lr": config.lr},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = model.device.type in ("cpu", "cuda")
+    # Not fused: that kernel ignores strides, and a parameter that has decoded is a strided view (`BlockStack`).
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     ]
     if config.name == "muon" and in_blocks:
         muon = [{"params": in_blocks, "peak_lr": config.muon_lr}]

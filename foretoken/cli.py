@@ -1,0 +1,266 @@
+"""The command line. No logic: each command reads its options, calls the library and prints.
+
+Imports stand inside the commands, so that `foretoken --help` answers at once. Results go to standard output, progress
+and errors to standard error. A user's mistake is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="foretoken",
+    help="Train language models that predict the next n tokens, and decode with them: faster, and unchanged.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or the folder of a run.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16. Default: as stored.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
+
+
+@app.command(epilog="Example: foretoken demo --minutes 2 --width 128")
+def demo(
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 4.5,
+    n_future: Annotated[int, typer.Option(help="Tokens predicted at each position; 1 is an ordinary model.")] = 4,
+    width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 192,
+    layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 12,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.")] = 24,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to decode per prompt.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; an earlier demo there is replaced.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level model on Python's standard library, then decode with and without its extra heads."""
+    from foretoken.demo import run_demo
+    from foretoken.display import Display
+
+    with Display(quiet_text=as_json) as display:
+        result = run_demo(
+            display, out, minutes, n_future, width, layers, prompt_count=prompts, max_tokens=max_tokens, seed=seed
+        )
+    _print_json(result) if as_json else display.next_commands(result)
+
+
+@app.command(epilog="Example: foretoken train tiny --out runs/tiny --set train.steps=100 --set data.source='[\"src/*.py\"]'")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of a shipped one such as tiny or demo.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model as a recipe says. Ctrl-C finishes the step and saves; --resume goes on."""
+    from foretoken.config import load_recipe
+    from foretoken.display import Display
+    from foretoken.train import train as run
+
+    resolved = load_recipe(recipe, tuple(overrides or ()))
+    folder = out or Path("runs") / Path(recipe).stem
+    with Display(quiet_text=as_json) as display:
+        result = run(resolved, folder, resume=resume, report=display.record)
+    if as_json:
+        _print_json(
+            {
+                "checkpoint": str(result.checkpoint),
+                "step": result.step,
+                "finished": result.finished,
+                "train_seconds": result.seconds,
+                "metrics": result.last,
+            }
+        )
+    else:
+        display.trained(result)
+    if not result.finished:
+        raise typer.Exit(130)
+
+
+@app.command(epilog='Example: foretoken generate runs/demo "def main(" --max-tokens 100 --temperature 0.8 --seed 1')
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead; - is standard input.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
+    drafts: Annotated[int | None, typer.Option(help="Tokens drafted per step; 0 is plain decoding. Default: all heads.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    dtype: Dtype = "",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, drafting with the extra heads. The text does not depend on the drafts."""
+    from foretoken.checkpoint import load_checkpoint
+    from foretoken.completion import stream
+    from foretoken.display import summary
+
+    text = _prompt(prompt, prompt_file)
+    model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
+    final = None
+    pieces = stream(
+        model, tokenizer, text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        seed=seed, stop=stop or (), drafts=drafts, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    if not as_json:
+        _write(text)
+    for piece, final in pieces:  # noqa: B007 - the last one is used below
+        if not as_json:
+            _write(piece)
+    assert final is not None
+    if as_json:
+        _print_json(final.to_json())
+    else:
+        _write("\n")
+        summary(final)
+
+
+@app.command(epilog="Example: foretoken evaluate runs/demo src/ --json   (without DATA: what training held out)")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, stdlib or hf:NAME. Default: held-out data.")] = None,
+    split: Annotated[str, typer.Option(help="all, train or validation part of DATA.")] = "all",
+    text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
+    prompt_field: Annotated[str | None, typer.Option(help="Field of a prompt, which is not scored.")] = None,
+    response_field: Annotated[str | None, typer.Option(help="Field of the response to that prompt.")] = None,
+    domain_field: Annotated[str | None, typer.Option(help="Field that names a record's domain.")] = None,
+    split_field: Annotated[str | None, typer.Option(help="Field that says which split a record is of.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop after this many bytes of text.")] = None,
+    dtype: Dtype = "",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Bits per byte, accuracy and agreement of each head, and the tokens per step to expect."""
+    from foretoken.checkpoint import load_checkpoint
+    from foretoken.display import Display
+    from foretoken.evaluate import evaluate as run
+    from foretoken.evaluate import evaluation_documents
+
+    fields = {
+        "text_field": text_field, "prompt_field": prompt_field, "response_field": response_field,
+        "domain_field": domain_field, "split_field": split_field,
+    }  # fmt: skip
+    documents = evaluation_documents(checkpoint, tuple(data or ()), split, fields)
+    model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
+    with Display(quiet_text=as_json) as display:
+        result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("bytes evaluated"))
+    _print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
+
+
+@app.command(epilog="Example: foretoken info runs/demo --json")
+def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """What a checkpoint holds."""
+    from foretoken.checkpoint import describe
+    from foretoken.display import Display
+
+    values = describe(checkpoint)
+    _print_json(values) if as_json else Display().table(values)
+
+
+@app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out tokenizer")
+def train_tokenizer(
+    data: Annotated[list[str], typer.Argument(help="Files, folders, globs, stdlib or hf:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json and tokenizer_config.json.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and specials included.")] = 32_768,
+    text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on your data."""
+    from foretoken.config import DataConfig, validated
+    from foretoken.data import documents
+    from foretoken.display import Display
+    from foretoken.errors import ConfigError
+    from foretoken.tokenizer import train_bpe
+
+    if (out / "tokenizer.json").exists():
+        raise ConfigError(f"{out}: holds a tokenizer already; choose another folder")
+    config = validated(DataConfig, {"source": data, "text_field": text_field}, "options")
+    with Display(quiet_text=as_json) as display:
+        count = display.count("documents read")
+        texts = (count(1, add=True) or document.text for document in documents(config, config.source))
+        tokenizer = train_bpe(texts, vocab_size)
+    tokenizer.save(out)
+    values = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size}
+    _print_json(values) if as_json else display.table(values)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from foretoken.errors import ForetokenError
+
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="foretoken", standalone_mode=False)
+    except ForetokenError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `foretoken ... | head`
+        sys.stderr.close()
+        code = 1
+    except OSError as error:
+        code = _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message())  # the command line's own: an unknown option, a missing argument
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print("foretoken: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values))
+
+
+def _write(text: str) -> None:
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+    sys.stdout.flush()
+
+
+def _prompt(prompt: str | None, path: Path | None) -> str:
+    from foretoken.errors import ConfigError, DataError
+
+    if (prompt is None) == (path is None):
+        raise ConfigError("give a prompt, or --prompt-file FILE")
+    if path is None:
+        assert prompt is not None
+        return prompt
+    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+
+
+def _dtype(name: str) -> str | None:
+    from foretoken.errors import ConfigError
+
+    if name not in ("", "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {name}: must be float32 or bfloat16")
+    return name or None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from foretoken.errors import ConfigError
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no usable GPU")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

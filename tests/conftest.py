@@ -1,0 +1,101 @@
+"""Small models and decoding helpers that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+
+from foretoken import decode as decoding
+from foretoken.config import ModelConfig
+from foretoken.decode import Request, decode
+from foretoken.model import Model
+from foretoken.sampling import Sampling
+
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, max_examples=30)
+settings.load_profile("tests")
+
+
+def tiny_config(
+    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2, vocab: int = 17,
+    **fields: object,
+) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "architecture": architecture,
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": kv_heads,
+            "head_dim": width // 4,
+            "max_position_embeddings": 256,
+            "n_future": n_future,
+            **fields,
+        }
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def tiny_model(
+    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2, vocab: int = 17,
+    dtype: torch.dtype = torch.float64, seed: int = 0, peaked: bool = True, **fields: object,
+) -> Model:  # fmt: skip
+    """A model whose norms and biases are random too; `peaked` weights make confident, context-dependent choices."""
+    model = Model(tiny_config(architecture, n_future, layers, width, kv_heads, vocab, **fields)).to(dtype)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype), alpha=0.2)
+        elif peaked:
+            p.mul_({'embed_tokens.weight': 20, 'lm_head.weight': 40}.get(name, 40 if ('o_proj' in name or 'down' in name) else 10))
+    return model.eval()
+
+
+def run(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    drafts: int,
+    sampling: Sampling | None = None,
+    max_tokens: int | Sequence[int] = 24,
+    seeds: Sequence[int] | None = None,
+    end_ids: Sequence[int] = (),
+) -> list[Request]:
+    """Decode `prompts` as one batch and return the finished requests."""
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    requests = [
+        Request(list(prompt), limit, seeds[i] if seeds else i, frozenset(end_ids))
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    for _ in decode(model, requests, sampling or Sampling(), drafts):
+        pass
+    return requests
+
+
+Oracle = Callable[[dict[tuple[int, ...], list[int]], int, int], None]
+
+
+@pytest.fixture
+def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    """Makes drafts right up to the j-th and wrong behind: call it with {prompt: plain ids}, j and the vocabulary."""
+
+    def install(plain: dict[tuple[int, ...], list[int]], right: int, vocab: int) -> None:
+        def drafts(
+            stepper: object, hidden: torch.Tensor, counts: object, requests: Sequence[Request], sampling: Sampling
+        ) -> list[list[int]]:
+            rows = []
+            for request in requests:
+                ids = plain[tuple(request.prompt)]
+                at = len(request.ids)
+                coming = [*ids[at : at + hidden.size(0)], *[0] * hidden.size(0)][: hidden.size(0)]
+                rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
+            return rows
+
+        monkeypatch.setattr(decoding, "_pick_drafts", drafts)
+
+    return install
