@@ -1,3 +1,77 @@
 """foretoken: train language models that predict the next n tokens, and decode with them, faster and unchanged."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from foretoken.checkpoint import load_checkpoint as load
+    from foretoken.checkpoint import save_checkpoint as save
+    from foretoken.completion import Generation, generate, stream
+    from foretoken.config import ModelConfig, Recipe, load_recipe
+    from foretoken.errors import CheckpointError, ConfigError, DataError, ForetokenError, TrainingError
+    from foretoken.loss import mtp_loss, oracle_loss, scales, targets, valid_counts
+    from foretoken.model import Model
+    from foretoken.tokenizer import Tokenizer
+
+# Public name -> where it is. Imported on first use, so that `import foretoken` and `foretoken --help` are instant.
+_PUBLIC = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "ForetokenError": "errors",
+    "Generation": "completion",
+    "Model": "model",
+    "ModelConfig": "config",
+    "Recipe": "config",
+    "Tokenizer": "tokenizer",
+    "TrainingError": "errors",
+    "generate": "completion",
+    "load": "checkpoint.load_checkpoint",
+    "load_recipe": "config",
+    "mtp_loss": "loss",
+    "oracle_loss": "loss",
+    "save": "checkpoint.save_checkpoint",
+    "scales": "loss",
+    "stream": "completion",
+    "targets": "loss",
+    "valid_counts": "loss",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ForetokenError",
+    "Generation",
+    "Model",
+    "ModelConfig",
+    "Recipe",
+    "Tokenizer",
+    "TrainingError",
+    "generate",
+    "load",
+    "load_recipe",
+    "mtp_loss",
+    "oracle_loss",
+    "save",
+    "scales",
+    "stream",
+    "targets",
+    "valid_counts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'foretoken' has no attribute '{name}'")
+    from importlib import import_module
+
+    module, _, attribute = _PUBLIC[name].partition(".")
+    return getattr(import_module(f"foretoken.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

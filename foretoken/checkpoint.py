@@ -130,6 +130,39 @@ def load_checkpoint(
     return model, tokenizer
 
 
+def describe(directory: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, without loading its weights: shape, size, tokenizer and where it comes from."""
+    folder = find_checkpoint(directory)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    main = sum(p.numel() for name, p in model.named_parameters() if hf.main_name(name, config))
+    tokenizer = load_tokenizer(folder)
+    own = read_json(folder / "foretoken.json") if (folder / "foretoken.json").exists() else {}
+    return {
+        "checkpoint": str(folder),
+        "architecture": config.architecture,
+        "next_token_layers": config.num_hidden_layers,
+        "n_future": config.n_future,
+        "head_kind": config.head_kind,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "next_token_parameters": main,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "tokenizer": tokenizer.kind,
+        "max_position_embeddings": config.max_position_embeddings,
+        "step": own.get("step"),
+        "foretoken_version": own.get("foretoken_version"),
+    }
+
+
+def recorded_recipe(directory: str | Path) -> dict[str, Any] | None:
+    """The recipe that foretoken.json records, None for a checkpoint that another program made."""
+    path = find_checkpoint(directory) / "foretoken.json"
+    recipe: dict[str, Any] | None = read_json(path).get("recipe") if path.exists() else None
+    return recipe
+
+
 def find_checkpoint(directory: str | Path) -> Path:
     """`directory` itself when it is a checkpoint, else the newest complete one of a run; CheckpointError if none."""
     folder = Path(directory)

@@ -130,7 +130,7 @@ def generate(
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, stdlib or hf:NAME. Default: held-out data.")] = None,
-    split: Annotated[str, typer.Option(help="all, train or validation part of DATA.")] = "all",
+    split: Annotated[str | None, typer.Option(help="all, train or validation part of DATA.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
     prompt_field: Annotated[str | None, typer.Option(help="Field of a prompt, which is not scored.")] = None,
     response_field: Annotated[str | None, typer.Option(help="Field of the response to that prompt.")] = None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypedDict, overload
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict, overload
 
 from typing_extensions import Unpack
 
@@ -83,6 +83,18 @@ class Generation:
     def tokens_per_step(self) -> float:
         """Committed tokens / steps; the first token comes from the prefill and belongs to no step."""
         return sum(step.committed for step in self.steps) / len(self.steps) if self.steps else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What `foretoken generate --json` prints."""
+        return {
+            "text": self.text,
+            "ids": self.ids,
+            "logprobs": self.logprobs,
+            "finish_reason": self.finish_reason,
+            "tokens_per_step": self.tokens_per_step,
+            "steps": [asdict(step) for step in self.steps],
+            "seed": self.seed,
+        }
 
     @property
     def sources(self) -> list[int]:

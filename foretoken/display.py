@@ -55,7 +55,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of progress."""
-        self.errors.print(text, markup=False)
+        self.errors.print(text, markup=False, soft_wrap=True)
 
     def progress(self, text: str, last: bool = False) -> None:
         """A line of progress that replaces the one before on a terminal."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +22,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foretoken.checkpoint import recorded_recipe
+from foretoken.config import DataConfig, validated
 from foretoken.errors import ConfigError, DataError
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
-from foretoken.sources import Document
+from foretoken.sources import Document, split_documents
+from foretoken.sources import documents as read_documents
 from foretoken.tokenizer import Tokenizer, utf8
 
 # A document's sums. Per head (4, n): nats, targets, correct and agreeing first choices. Whole (4,): tokens and bytes
@@ -79,6 +83,31 @@ class Evaluation(Scores):
     def to_json(self) -> dict[str, Any]:
         """The fields under their names, as JSON values."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+def evaluation_documents(
+    checkpoint: str | Path, sources: Sequence[str] = (), split: str | None = None, fields: Mapping[str, Any] | None = None
+) -> Iterator[Document]:
+    """The documents to score a checkpoint on.
+
+    Without `sources`, or with one that it was trained on and no `split`: what its training held out. Other sources:
+    the part `split` names, by default all. fields: of records, as `DataConfig` names them. Raises DataError and
+    ConfigError.
+    """
+    if split not in (None, "all", "train", "validation"):
+        raise ConfigError(f"--split {split}: must be all, train or validation")
+    recipe = recorded_recipe(checkpoint)
+    trained_on = validated(DataConfig, recipe["data"], "foretoken.json: data") if recipe else None
+    if trained_on and (not sources or (split is None and tuple(sources) == trained_on.source)):
+        config, split = trained_on, split or "validation"
+    elif sources:
+        config = validated(DataConfig, {"source": list(sources), **(fields or {})}, "options")
+    else:
+        raise DataError(f"{checkpoint}: does not record what it was trained on; name the data to evaluate on")
+    if split in (None, "all"):
+        yield from read_documents(config, config.source)
+    else:
+        yield from (document for document, part in split_documents(config) if part == split)
 
 
 def evaluate(
