@@ -2,7 +2,7 @@
 
 1. A document is framed as in training: bos, prompt, text. Its text tokens are the targets; eos predicts nothing here.
 2. Long documents are read in overlapping windows; a position counts in the first window that holds it.
-3. One pass gives every head's loss and first choice at every position, a chunk of logits at a time (`score`).
+3. One pass gives every head's loss and first choice at every position, a chunk of logits at a time (`_score`).
 4. Each document is summed on its own (`_tally`); figures pool the sums, intervals resample documents.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +41,10 @@ class HeadScores:
     """One head's figures, token-weighted over all documents; all but `count` are None for a head with no target.
 
     offset: i of head i, which predicts i tokens ahead. loss: nats per token. bits_per_byte: the loss in bits x text
-    tokens / UTF-8 bytes of text. A head cannot predict the first tokens of a text that has too little before them, so
-    its mean over the tokens it does predict stands for all of them, and heads are comparable. interval: 95 % of
-    bits_per_byte when documents are drawn again; None for a domain. top1: first choice is the text. agreement: first
-    choice is head 1's own first choice for the same token, given the true text up to it. count: targets scored.
+    tokens / UTF-8 bytes of text; head i cannot predict the first i - 1 tokens of a text with no prompt, so its mean
+    over those it can predict stands for all. interval: 95 % of bits_per_byte when documents are drawn again; None for
+    a domain. top1: the first choice is the text. agreement: it is head 1's own first choice for that token, given the
+    true text up to it. count: targets scored.
     """
 
     offset: int
@@ -86,7 +85,10 @@ class Evaluation(Scores):
 
 
 def evaluation_documents(
-    checkpoint: str | Path, sources: Sequence[str] = (), split: str | None = None, fields: Mapping[str, Any] | None = None
+    checkpoint: str | Path,
+    sources: Sequence[str] = (),
+    split: str | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Iterator[Document]:
     """The documents to score a checkpoint on.
 
@@ -128,37 +130,33 @@ def evaluate(
     seq_len: tokens per window, by default all the model's positions. stride: positions from a window to the next, by
     default half of it; a position that has them sees at least seq_len - stride tokens before it. batch_size: windows
     at a time. max_bytes: no document is begun after that many bytes of text. bootstrap: draws behind each interval,
-    the same documents for every head. `progress` hears how many text tokens have been scored.
+    the same documents for every head. `progress` hears about how many bytes of text are scored.
 
     Raises ConfigError for a window the model cannot run, DataError where there is nothing to score.
     """
-    limit = model.config.max_position_embeddings
-    seq_len = limit if seq_len is None else seq_len
+    seq_len = model.config.max_position_embeddings if seq_len is None else seq_len
     stride = max(1, seq_len // 2) if stride is None else stride
-    max_bytes = sys.maxsize if max_bytes is None else max_bytes
-    others = {"batch_size": batch_size, "max_bytes": max_bytes, "bootstrap": bootstrap}
-    _check(model, tokenizer, seq_len, stride, others)
-    rows, domains, done = list[_Row](), list[str | None](), 0
-    records = _records(documents, tokenizer, model.config.n_future, max_bytes)
+    budget = math.inf if max_bytes is None else max_bytes
+    _check(model, tokenizer, seq_len, stride, batch_size=batch_size, max_bytes=budget, bootstrap=bootstrap)
+    rows, domains, done = list[_Row](), list[str | None](), 0.0
+    records = _records(documents, tokenizer, model.config.n_future, budget)
     for group, windows in _groups(records, seq_len, stride, GROUP_BATCHES * batch_size):
         windows.sort(key=lambda window: window.stop - window.start, reverse=True)
         for start in range(0, len(windows), batch_size):
             done += _run(model, windows[start : start + batch_size])
             if progress is not None:
-                progress(done)
+                progress(round(done))
         rows += [_tally(record) for record in group]
         domains += [record.domain for record in group]
-    if not rows:
-        raise DataError("no text to evaluate: there is no document, or all are empty")
     if not done:
-        raise DataError("no token to predict: every text is a single token with nothing before it; give longer texts")
+        raise DataError("nothing to evaluate: there is no document, or none whose text has a token with one before it")
     total = _scores(rows, _intervals(rows, bootstrap, seed))
     names = dict.fromkeys(name for name in domains if name is not None)
     by_domain = {name: _scores([row for row, its in zip(rows, domains, strict=True) if its == name]) for name in names}
     return Evaluation(total.documents, total.bytes, total.heads, total.predicted_tokens_per_step, by_domain)
 
 
-def _check(model: Model, tokenizer: Tokenizer, seq_len: int, stride: int, others: dict[str, int]) -> None:
+def _check(model: Model, tokenizer: Tokenizer, seq_len: int, stride: int, **others: float) -> None:
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
     if tokenizer.vocab_size > vocab:
         raise ConfigError(f"tokenizer of {tokenizer.vocab_size} tokens, model of {vocab}; use the model's own")
@@ -193,13 +191,13 @@ class _Window(NamedTuple):
     stop: int
 
 
-def _records(documents: Iterable[Document], tokenizer: Tokenizer, n: int, max_bytes: int) -> Iterator[_Record]:
+def _records(documents: Iterable[Document], tokenizer: Tokenizer, n: int, max_bytes: float) -> Iterator[_Record]:
     bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     total = 0
     for document in documents:
-        if not document.text:
-            continue
         before, text = [*bos, *tokenizer.encode(document.prompt)], tokenizer.encode(document.text)
+        if not text:
+            continue
         tokens = torch.tensor(before + text)
         labels, size = _aligned(tokens, torch.arange(len(tokens)) >= len(before), n), len(utf8(document.text))
         nll, choices = torch.zeros(labels.shape, dtype=torch.float64), torch.full_like(labels, -1)
@@ -242,24 +240,25 @@ def _windows(record: _Record, seq_len: int, stride: int) -> Iterator[_Window]:
 
 
 @torch.inference_mode()
-def _run(model: Model, batch: Sequence[_Window]) -> int:
-    """Fill in the records' losses and choices at the fresh positions of these windows; returns head 1's targets."""
+def _run(model: Model, batch: Sequence[_Window]) -> float:
+    """Fill in the records' losses and choices at the fresh positions of these windows; returns their bytes of text."""
     B, T = len(batch), max(window.stop - window.start for window in batch)
-    tokens = torch.zeros(B, T, dtype=torch.int64)  # padding stands right of what counts, which does not attend to it
+    tokens = torch.zeros(B, T, dtype=torch.int64)  # padding stands behind all that counts, so nothing attends to it
     labels = torch.full((model.config.n_future, B, T), IGNORE)
     for row, w in enumerate(batch):
         tokens[row, : w.stop - w.start] = w.record.tokens[w.start : w.stop]
         labels[:, row, w.fresh - w.start : w.stop - w.start] = w.record.labels[:, w.fresh : w.stop]
-    nll, choices = (part.cpu() for part in score(model, model(tokens.to(model.device)), labels.to(model.device)))
+    nll, choices = (part.cpu() for part in _score(model, model(tokens.to(model.device)), labels.to(model.device)))
+    size = 0.0
     for row, w in enumerate(batch):
         inside = slice(w.fresh - w.start, w.stop - w.start)
         w.record.nll[:, w.fresh : w.stop] = nll[:, row, inside]
         w.record.choices[:, w.fresh : w.stop] = choices[:, row, inside]
-    return int((labels[0] != IGNORE).sum())
+        size += int((labels[0, row] != IGNORE).sum()) * w.record.text_bytes / w.record.text_tokens
+    return size
 
 
-@torch.no_grad()
-def score(model: Model, hidden: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def _score(model: Model, hidden: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss in nats (n, B, T) float64 and first choice (n, B, T) at every target; 0 and -1 where there is none.
 
     hidden: n normalised states (B, T, D); labels (n, B, T) from `targets`. Logits are held for one chunk of positions.
@@ -312,11 +311,12 @@ def _scores(rows: Sequence[_Row], intervals: Sequence[tuple[float, float] | None
     tokens, size, covered, steps = np.sum([whole for _, whole in rows], axis=0).tolist()
     heads = []
     for d, (nats, count, correct, agreed) in enumerate(np.sum([per_head for per_head, _ in rows], axis=0).T.tolist()):
-        figures: tuple[Any, ...] = (None,) * 5
-        if count:
-            loss, interval = nats / count, intervals[d] if intervals else None
-            figures = (loss / math.log(2) * tokens / size, interval, loss, correct / count, agreed / count)
-        heads.append(HeadScores(d + 1, *figures, int(count)))
+        if count == 0:
+            heads.append(HeadScores(d + 1, None, None, None, None, None, 0))
+            continue
+        loss, interval = nats / count, intervals[d] if intervals else None
+        bits = loss / math.log(2) * tokens / size
+        heads.append(HeadScores(d + 1, bits, interval, loss, correct / count, agreed / count, int(count)))
     return Scores(len(rows), int(size), tuple(heads), covered / steps if steps else 1.0)
 
 

@@ -49,11 +49,12 @@ def tiny_model(
     model = Model(tiny_config(architecture, n_future, layers, width, kv_heads, vocab, **fields)).to(dtype)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
+    scale = {"embed_tokens": 20, "lm_head": 40, "o_proj": 40, "down_proj": 40}
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.add_(torch.randn(p.shape, generator=generator, dtype=dtype), alpha=0.2)
         elif peaked:
-            p.mul_({'embed_tokens.weight': 20, 'lm_head.weight': 40}.get(name, 40 if ('o_proj' in name or 'down' in name) else 10))
+            p.mul_(scale.get(name.split(".")[-2], 10))
     return model.eval()
 
 
