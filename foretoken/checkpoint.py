@@ -8,7 +8,6 @@ A directory is written under another name and renamed when complete. Weights are
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.formats import hf
+from foretoken.formats.safetensors import FILE, read_file, read_tensors, save_tensors
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
+HEADS, TRAIN_STATE = "mtp_heads", "train_state"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     provenance: Provenance | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
+    unlogged: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint directory that appears only when it is complete; with `optimizers`, the training state too.
 
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
-    config.json last, and a directory without config.json is no checkpoint. Raises CheckpointError when it cannot be
-    written; then nothing is left behind.
+    config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
+    its last record, part of the training state. Raises CheckpointError when it cannot be written; then nothing is left
+    behind.
     """
     target = Path(directory)
     if (target / "config.json").exists():
@@ -65,10 +67,13 @@ def save_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _write(staging, model, tokenizer, provenance or Provenance())
+        files = _write(staging, model, tokenizer)
         if optimizers:
-            _write_train_state(staging / "train_state", model, optimizers)
+            files |= _write_train_state(staging, model, optimizers, unlogged or {})
+        _write_provenance(staging, provenance or Provenance(), files)
         if target.exists():
+            for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
+                shutil.rmtree(target / folder, ignore_errors=True)
             for entry in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(entry, target / entry.name)
         else:
@@ -80,22 +85,26 @@ def save_checkpoint(
     return target
 
 
-def _write(folder: Path, model: Model, tokenizer: Tokenizer, provenance: Provenance) -> None:
+def _write(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, str]:
+    """Write all that engines read; returns the SHA-256 of the weight files by name."""
     config, dtype = model.config, next(name for name, kind in DTYPES.items() if kind == model.dtype)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     main = {new: t for name, t in state.items() if (new := hf.main_name(name, config))}
-    files = {"model.safetensors": _save_tensors(folder / "model.safetensors", main)}
+    files = {FILE: save_tensors(folder / FILE, main)}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     main_config = hf.main_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     _write_json(folder / "config.json", main_config)
     _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     tokenizer.save(folder, model_max_length=config.max_position_embeddings)
     if config.n_future > 1:
-        (folder / "mtp_heads").mkdir()
+        (folder / HEADS).mkdir()
         heads = {new: t for name, t in state.items() if (new := hf.heads_name(name))}
-        path = "mtp_heads/model.safetensors"
-        files[path] = _save_tensors(folder / path, heads)
-        _write_json(folder / "mtp_heads" / "config.json", hf.heads_config(config, main_config))
+        files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
+        _write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
+    return files
+
+
+def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, str]) -> None:
     _write_json(
         folder / "foretoken.json",
         {
@@ -197,7 +206,7 @@ def prune(run: Path, keep: int) -> None:
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the checkpoint in `folder`, heads included."""
-    heads = folder / "mtp_heads"
+    heads = folder / HEADS
     if heads.is_dir() and not (heads / "config.json").is_file():
         raise CheckpointError(f"{heads}/config.json: missing, though the directory is there")
     beside = read_json(heads / "config.json") if heads.is_dir() else None
@@ -212,15 +221,16 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
-    wanted = dict(model.named_parameters())
-    recorded = read_json(folder / "foretoken.json").get("sha256", {}) if (folder / "foretoken.json").exists() else {}
-    main = {new: name for name in wanted if (new := hf.main_name(name, config))}
-    tensors = _read_tensors(folder, main, wanted, recorded, "")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    main = {new: name for name in shapes if (new := hf.main_name(name, config))}
+    # A copy of tied embeddings, or a table that old exporters stored, may lie there too.
+    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
+    tensors = _read_renamed(folder, "", main, shapes, ignored)
     if config.n_future > 1:
-        beside = {new: name for name in wanted if (new := hf.heads_name(name))}
-        heads = _read_tensors(folder / "mtp_heads", beside, wanted, recorded, "mtp_heads/")
+        beside = {new: name for name in shapes if (new := hf.heads_name(name))}
+        heads = _read_renamed(folder, f"{HEADS}/", beside, shapes)
         if not torch.equal(heads.pop("norm.weight"), tensors["norm.weight"]):
-            raise CheckpointError(f"{folder}/mtp_heads: norm.weight is not the model's: heads of another model")
+            raise CheckpointError(f"{folder}/{HEADS}: norm.weight is not the model's: heads of another model")
         tensors |= heads
     kind = (DTYPES[dtype] if isinstance(dtype, str) else dtype) or tensors["embed_tokens.weight"].dtype
     tensors = {name: tensor.to(device=device, dtype=kind) for name, tensor in tensors.items()}
@@ -233,51 +243,48 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
     return model.eval()
 
 
-def _read_tensors(
-    folder: Path, names: Mapping[str, str], wanted: Mapping[str, Tensor], recorded: Mapping[str, str], prefix: str
+def _read_renamed(
+    folder: Path,
+    prefix: str,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """Tensors of one safetensors file or of a sharded set, under our names; strict about names, shapes and digests."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if (digest := recorded.get(prefix + file)) and digest != _sha256(path):
-            raise CheckpointError(f"{path}: is not the file that foretoken.json recorded (sha256 differs)")
-        try:
-            with safe_open(path, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 - not a mapping
-                    if key not in names:
-                        if key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"):
-                            continue  # a tied copy, or a table that old exporters stored
-                        raise CheckpointError(f"{path}: tensor '{key}' is not one of this model's")
-                    tensor, shape = stored.get_tensor(key), tuple(wanted[names[key]].shape)
-                    if tuple(tensor.shape) != shape:
-                        raise CheckpointError(f"{path}: tensor '{key}' has shape {tuple(tensor.shape)}, must be {shape}")
-                    tensors[names[key]] = tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from None
-    if missing := sorted(key for key, name in names.items() if name not in tensors):
-        raise CheckpointError(f"{folder}: tensor '{missing[0]}' is missing" + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
-    return tensors
+    """The tensors in `folder`/`prefix` under our names, which `names` maps theirs to."""
+    digests = {
+        name.removeprefix(prefix): digest for name, digest in _digests(folder).items() if name.startswith(prefix)
+    }
+    stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored)
+    return {names[new]: tensor for new, tensor in stored.items()}
 
 
-def _write_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    folder.mkdir()
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weight files by name, as foretoken.json records them; none for another program's checkpoint."""
+    path = folder / "foretoken.json"
+    digests = read_json(path).get("sha256", {}) if path.exists() else {}
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{path}: sha256 must be an object")
+    return digests
+
+
+def _write_train_state(
+    folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer], unlogged: Mapping[str, Any]
+) -> dict[str, str]:
+    (folder / TRAIN_STATE).mkdir()
     tensors = {name: value.detach() for name, value in _optimizer_tensors(model, optimizers)}
-    _save_tensors(folder / "optimizer.safetensors", tensors)
+    _write_json(folder / TRAIN_STATE / "unlogged.json", unlogged)
+    name = f"{TRAIN_STATE}/optimizer.safetensors"
+    return {name: save_tensors(folder / name, tensors)}
 
 
-def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Give the optimisers, made for `model`, the state saved in `folder`/train_state; strict about names."""
-    path = folder / "train_state" / "optimizer.safetensors"
-    try:
-        with safe_open(path, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete training state: {error}") from None
+def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Give the optimisers, made for `model`, the state saved in `folder`/train_state; strict about names.
+
+    Returns the `unlogged` that was saved with it. Raises CheckpointError.
+    """
+    name = f"{TRAIN_STATE}/optimizer.safetensors"
+    path = folder / name
+    tensors = read_file(path, _digests(folder).get(name))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -289,10 +296,12 @@ def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.opti
                 for key in keys:
                     value = tensors.pop(key)
                     if value.dim() and value.shape != p.shape:
-                        raise CheckpointError(f"{path}: '{key}' has shape {tuple(value.shape)}, must be {tuple(p.shape)}")
+                        shapes = f"shape {tuple(value.shape)}, must be {tuple(p.shape)}"
+                        raise CheckpointError(f"{path}: '{key}' has {shapes}")
                     optimizer.state[p][key.removeprefix(prefix)] = value.to(p.device) if value.dim() else value
     if tensors:
         raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")
+    return read_json(folder / TRAIN_STATE / "unlogged.json")
 
 
 def _optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
@@ -301,16 +310,6 @@ def _optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 yield f"{names[id(p)]}/{key}", value
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -109,10 +109,10 @@ class Generation:
 def generate(model: Model, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> Generation: ...
 @overload
 def generate(
-    model: Model, tokenizer: Tokenizer, prompt: Sequence[str], **options: Unpack[Options]
+    model: Model, tokenizer: Tokenizer, prompt: list[str] | tuple[str, ...], **options: Unpack[Options]
 ) -> list[Generation]: ...
 def generate(
-    model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Unpack[Options]
+    model: Model, tokenizer: Tokenizer, prompt: str | list[str] | tuple[str, ...], **options: Unpack[Options]
 ) -> Generation | list[Generation]:
     """Continue a prompt, or a list of prompts of any lengths, by at most `max_tokens` tokens each.
 

@@ -239,7 +239,7 @@ def _bmm(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.inference_mode(False)  # decoding calls this, and parameters must stay trainable
 @torch.no_grad()
-def _share(parameters: list[list[nn.Parameter]]) -> Tensor:
+def _share(parameters: Sequence[Sequence[Tensor]]) -> Tensor:
     """One tensor of which the given parameters, m lists of them, become views.
 
     Vectors (out,) give (m, 1, sum of out). Matrices (out, in) give (m, in, sum of out): with few rows the transposed

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -78,7 +79,9 @@ def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: T
     flat = [h.flatten(0, 1) for h in hidden]
     if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
         weight, flat = weight.detach(), [h.detach() for h in flat]
-    total, sums, predictions = _ChunkedCrossEntropy.apply(weight, labels.flatten(1), scales, *flat)
+    total, sums, predictions = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        weight, labels.flatten(1), scales, *flat
+    )
     predictions = predictions.view_as(labels)
     return LossOutput(total, sums, _correct(predictions, labels), predictions)
 
@@ -138,9 +141,9 @@ def sequential_backward(
     trunk = z.detach().requires_grad_()
     sums, predictions = [], []
     for d, head in enumerate(heads):
-        logits = head(trunk) @ weight.T if not torch.is_autocast_enabled(z.device.type) else _autocast_mm(head(trunk), weight)
+        logits = F.linear(head(trunk), weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        total = torch.nn.functional.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
+        total = F.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
         (total * scales[d].to(total)).backward()  # type: ignore[no-untyped-call]
         sums.append(total.detach().double())
         predictions.append(logits.detach().argmax(-1).view_as(labels[d]))
@@ -148,10 +151,6 @@ def sequential_backward(
         z.backward(trunk.grad)  # type: ignore[no-untyped-call]
     all_sums, first = torch.stack(sums), torch.stack(predictions)
     return LossOutput((all_sums * scales.to(all_sums)).sum(), all_sums, _correct(first, labels), first)
-
-
-def _autocast_mm(hidden: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight)
 
 
 def oracle_loss(

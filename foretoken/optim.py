@@ -61,9 +61,10 @@ class Muon(torch.optim.Muon):
             for shape, same in shapes.items():
                 update = torch.stack([self._momentum(p, group) for p in same])
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                tensors: list[Tensor] = list(same)
                 scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, list(update.to(same[0].dtype)), alpha=-scale)
+                torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(tensors, list(update.to(same[0].dtype)), alpha=-scale)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         assert p.grad is not None
@@ -88,7 +89,7 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 faster than float32, rather than emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -119,7 +120,7 @@ def head_weights(step: int, n: int, config: LossConfig) -> list[float]:
     if not points:
         return [1.0] * n
     if not isinstance(points[0], WeightPoint):
-        return [float(w) for w in points]  # type: ignore[arg-type]
+        return [float(w) for w in points]
     ordered = sorted((p for p in points if isinstance(p, WeightPoint)), key=lambda p: p.step)
     before = [p for p in ordered if p.step <= step] or ordered[:1]
     after = [p for p in ordered if p.step > step] or ordered[-1:]

@@ -49,7 +49,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = logits.topk(sampling.top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if sampling.top_p < 1:
-        ordered, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        ordered, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead of this one
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(drop, float("-inf"))

@@ -31,7 +31,7 @@ def require(holds: object, text: str) -> None:
 
 def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-9) -> None:
     require(a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    gap = float((a - b).abs().max()) if a.numel() else 0.0
+    gap = float((a - b).detach().abs().max()) if a.numel() else 0.0
     require(gap <= tolerance, f"{what}: differ by {gap:.3g}")  # not a number fails too
 
 

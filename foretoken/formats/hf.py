@@ -53,7 +53,9 @@ def heads_name(name: str) -> str | None:
     return None if depth == "0" else f"heads.{int(depth) - 1}.{rest}"
 
 
-def main_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
+def main_config(
+    config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None
+) -> dict[str, Any]:
     """config.json of the next-token path: an ordinary Llama's (or Mistral's, Qwen2's, Qwen3's)."""
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
@@ -115,7 +117,9 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
         raise CheckpointError(
             f"{where}: architectures = {values.get('architectures')}; supported are {', '.join(_CLASSES.values())}"
         )
-    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values]
+    missing = [
+        key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values
+    ]
     if missing or "num_attention_heads" not in values:
         raise CheckpointError(f"{where}: '{(missing or ['num_attention_heads'])[0]}' is missing")
     _refuse_unsupported(values, architecture, where)
@@ -129,7 +133,9 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
     if heads is not None:
         own = heads.get("foretoken")
         if not isinstance(own, dict) or "n_future" not in own or "head_kind" not in own:
-            raise CheckpointError(f"{where.removesuffix('config.json')}mtp_heads/config.json: no 'foretoken' key with head_kind and n_future")
+            raise CheckpointError(
+                f"{where.removesuffix('config.json')}mtp_heads/config.json: no 'foretoken' key with head_kind and n_future"
+            )
         if own.get("hidden_size") != fields["hidden_size"]:
             raise CheckpointError(
                 f"{where.removesuffix('config.json')}mtp_heads/config.json: heads of width {own.get('hidden_size')} "
