@@ -36,7 +36,7 @@ def demo(
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.")] = 24,
     max_tokens: Annotated[int, typer.Option(help="Tokens to decode per prompt.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run; an earlier demo there is replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run; replaces an earlier demo.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
     """Train a byte-level model on Python's standard library, then decode with and without its extra heads."""
@@ -50,12 +50,14 @@ def demo(
     _print_json(result) if as_json else display.next_commands(result)
 
 
-@app.command(epilog="Example: foretoken train tiny --out runs/tiny --set train.steps=100 --set data.source='[\"src/*.py\"]'")
+@app.command(
+    epilog="Example: foretoken train tiny --out runs/a --set train.steps=100 --set data.source='[\"src/*.py\"]'"
+)
 def train(
     recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of a shipped one such as tiny or demo.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model as a recipe says. Ctrl-C finishes the step and saves; --resume goes on."""
@@ -87,7 +89,7 @@ def train(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead; - is standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -95,7 +97,7 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
-    drafts: Annotated[int | None, typer.Option(help="Tokens drafted per step; 0 is plain decoding. Default: all heads.")] = None,
+    drafts: Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: all.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     dtype: Dtype = "",
     device: Device = "auto",
@@ -113,11 +115,10 @@ def generate(
         model, tokenizer, text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         seed=seed, stop=stop or (), drafts=drafts, ignore_eos=ignore_eos,
     )  # fmt: skip
-    if not as_json:
-        _write(text)
     for piece, final in pieces:  # noqa: B007 - the last one is used below
         if not as_json:
-            _write(piece)
+            _write(text + piece)  # the prompt too only now, when the options have been found right
+            text = ""
     assert final is not None
     if as_json:
         _print_json(final.to_json())
@@ -129,7 +130,7 @@ def generate(
 @app.command(epilog="Example: foretoken evaluate runs/demo src/ --json   (without DATA: what training held out)")
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, stdlib or hf:NAME. Default: held-out data.")] = None,
+    data: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, stdlib, hf:NAME.")] = None,
     split: Annotated[str | None, typer.Option(help="all, train or validation part of DATA.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
     prompt_field: Annotated[str | None, typer.Option(help="Field of a prompt, which is not scored.")] = None,
@@ -141,7 +142,10 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Bits per byte, accuracy and agreement of each head, and the tokens per step to expect."""
+    """Bits per byte, accuracy and agreement of each head, and the tokens per step to expect.
+
+    Without DATA, on what training held out.
+    """
     from foretoken.checkpoint import load_checkpoint
     from foretoken.display import Display
     from foretoken.evaluate import evaluate as run
@@ -154,7 +158,7 @@ def evaluate(
     documents = evaluation_documents(checkpoint, tuple(data or ()), split, fields)
     model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
     with Display(quiet_text=as_json) as display:
-        result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("bytes evaluated"))
+        result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("tokens evaluated"))
     _print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
 
 
@@ -168,7 +172,7 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
     _print_json(values) if as_json else Display().table(values)
 
 
-@app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out tokenizer")
+@app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")
 def train_tokenizer(
     data: Annotated[list[str], typer.Argument(help="Files, folders, globs, stdlib or hf:NAME.")],
     out: Annotated[Path, typer.Option(help="Folder for tokenizer.json and tokenizer_config.json.")],
@@ -187,9 +191,8 @@ def train_tokenizer(
         raise ConfigError(f"{out}: holds a tokenizer already; choose another folder")
     config = validated(DataConfig, {"source": data, "text_field": text_field}, "options")
     with Display(quiet_text=as_json) as display:
-        count = display.count("documents read")
-        texts = (count(1, add=True) or document.text for document in documents(config, config.source))
-        tokenizer = train_bpe(texts, vocab_size)
+        read = display.counted(documents(config, config.source), "documents read")
+        tokenizer = train_bpe((document.text for document in read), vocab_size)
     tokenizer.save(out)
     values = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size}
     _print_json(values) if as_json else display.table(values)

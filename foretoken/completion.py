@@ -144,6 +144,14 @@ def stream(
         yield requests[0].release(), _generation(prompt, requests[0]) if done else None
 
 
+def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
+    """The text that each id of a generation brought, in order; joined, the text of all its ids."""
+    decoder = tokenizer.stream()
+    pieces = [decoder.push(token) for token in generation.ids]
+    pieces[-1] += decoder.finish()
+    return pieces
+
+
 def _requests(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
 ) -> tuple[list[TextRequest], Sampling, int]:

@@ -297,7 +297,8 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".toml"))
+    names = (entry.name for entry in _recipe_folder().iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def _recipe_folder() -> Any:

@@ -22,18 +22,21 @@ from typing import Any
 import torch
 
 from foretoken.checkpoint import load_checkpoint
-from foretoken.completion import Generation, generate
+from foretoken.completion import Generation, Options, generate, token_pieces
 from foretoken.config import Recipe, load_recipe
 from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.evaluate import evaluate, evaluation_documents
+from foretoken.metrics import Record
 from foretoken.model import Model
+from foretoken.report import write_report
 from foretoken.tokenizer import Tokenizer
-from foretoken.train import Record, train
+from foretoken.train import TrainResult, train
 
 PROMPT_BYTES = 128
 EVALUATED_BYTES = 100_000
 SAMPLED_TEMPERATURE = 0.8
+RESULT = "demo.json"
 
 
 def run_demo(
@@ -62,15 +65,7 @@ def run_demo(
         raise ConfigError("the demo's report needs: pip install 'foretoken[demo]'")
     _clear(out, display)
 
-    display.say(f"Corpus: the Python standard library of this interpreter. Training for {minutes:g} minutes.")
-    steps = _steps_in(recipe, minutes)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
-    records: list[Record] = []
-    trained = train(recipe, out, report=lambda record: (records.append(record), display.record(record)) and None)
-    if not trained.finished:
-        display.say(f"Stopped at step {trained.step}; the model so far: {trained.checkpoint}")
-        raise KeyboardInterrupt
-
+    trained, records = _train(display, out, recipe, minutes)
     model, tokenizer = load_checkpoint(out, "float32")
     documents = list(evaluation_documents(out))
     display.say("Scoring held-out files ...")
@@ -91,15 +86,32 @@ def run_demo(
         "evaluation": scored,
         "max_tokens": max_tokens,
         "n_future": n_future,
-        "steps": steps,
+        "steps": trained.step,
         "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
     }
-    from foretoken.report import write_report
-
-    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    write_report(out / "report.html", records, result, sampled, tokenizer)
+    (out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_report(out / "report.html", records, result, sampled.drafted[:4], tokenizer)
     return result
+
+
+def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple[TrainResult, list[Record]]:
+    display.say(f"Corpus: the Python standard library of this interpreter. Training for {minutes:g} minutes.")
+    steps = _steps_in(recipe, minutes)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+    records: list[Record] = []
+
+    def report(record: Record) -> None:
+        if record["kind"] == "start":
+            (out / RESULT).write_text("{}\n", encoding="utf-8")  # so that a demo begun is known as one
+        records.append(record)
+        display.record(record)
+
+    trained = train(recipe, out, report=report)
+    if not trained.finished:
+        display.say(f"Stopped at step {trained.step}; the model so far: {trained.checkpoint}")
+        raise KeyboardInterrupt
+    return trained, records
 
 
 @dataclass(frozen=True)
@@ -159,12 +171,14 @@ def compare(
     for index, prompt in enumerate(prompts):
         for drafts, (generations, seconds) in runs.items():
             began = time.perf_counter()
-            generations.append(
-                generate(
-                    model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature,
-                    seed=seed + index, drafts=drafts, ignore_eos=True,
-                )  # fmt: skip
-            )
+            options: Options = {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "seed": seed + index,
+                "drafts": drafts,
+                "ignore_eos": True,
+            }
+            generations.append(generate(model, tokenizer, prompt, **options))
             seconds.append(time.perf_counter() - began)
         last = index + 1 == len(prompts)
         display.progress(f"Decoding held-out prompts at temperature {temperature:g}: {index + 1}/{len(prompts)}", last)
@@ -191,14 +205,6 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
-    """The text that each id of a generation brought, in order; joined, its text."""
-    decoder = tokenizer.stream()
-    pieces = [decoder.push(token) for token in generation.ids]
-    pieces[-1] += decoder.finish()
-    return pieces
-
-
 def _recipe(n_future: int, width: int, layers: int, seed: int) -> Recipe:
     if width % 64 or width < 64:
         raise ConfigError(f"--width {width}: must be a multiple of 64")
@@ -210,7 +216,7 @@ def _clear(out: Path, display: Display) -> None:
     """Remove an earlier demo in `out`; anything else there is left alone, with an error."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "metrics.jsonl").is_file():
+    if not (out / RESULT).is_file():
         raise ConfigError(f"{out}: exists and is not an earlier demo; choose another folder with --out")
     display.say(f"Replacing the earlier run in {out}")
     shutil.rmtree(out)
@@ -230,7 +236,8 @@ def _steps_in(recipe: Recipe, minutes: float) -> int:
         raise KeyboardInterrupt
     rate = statistics.median([value for value in rates if value][3:])
     for_evaluation = 1.06  # validation and checkpoints on the way
-    return max(recipe.optim.warmup_steps + 1, int(minutes * 60 * rate / (recipe.train.batch_size * recipe.train.seq_len * for_evaluation)))
+    per_step = recipe.train.batch_size * recipe.train.seq_len * for_evaluation
+    return max(recipe.optim.warmup_steps + 1, int(minutes * 60 * rate / per_step))
 
 
 def _show(display: Display, tokenizer: Tokenizer, greedy: Comparison, sampled: Comparison, n: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from foretoken.completion import Generation
-from foretoken.train import Record, TrainResult
+from foretoken.metrics import Record
+from foretoken.train import TrainResult
 
+Item = TypeVar("Item")
 HEAD_STYLES = ("default", "black on green3", "black on turquoise2", "black on orchid1", "black on gold1")
 LINE_SECONDS = 10.0  # between two lines where standard error is not a terminal
 
@@ -36,7 +38,7 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end_live()
 
     def record(self, record: Record) -> None:
@@ -49,7 +51,8 @@ class Display:
             self.say(f"Training {record['parameters'] / 1e6:.1f}M parameters for {self.steps} steps{first}")
         elif record["kind"] == "train":
             last = record["step"] >= self.steps
-            self._progress(lambda: _training_table(record, self.steps), lambda: _training_line(record, self.steps), last)
+            steps = self.steps
+            self._progress(lambda: _training_table(record, steps), lambda: _training_line(record, steps), last)
         elif record["kind"] == "validation":
             self.say(f"  held-out text at step {record['step']}: {_per_head(record['bits_per_byte'])} bits per byte")
 
@@ -57,20 +60,24 @@ class Display:
         """A line of progress."""
         self.errors.print(text, markup=False, soft_wrap=True)
 
+    def result(self, text: str) -> None:
+        """A line of results, whole, however wide the terminal is."""
+        self.out.print(text, markup=False, soft_wrap=True)
+
     def progress(self, text: str, last: bool = False) -> None:
         """A line of progress that replaces the one before on a terminal."""
         self._progress(lambda: text, lambda: text, last)
 
-    def count(self, what: str) -> Callable[..., int]:
-        """A function that shows how far something is: called with a total, or with `add` with an increment."""
-        state = [0]
+    def count(self, what: str) -> Callable[[int], None]:
+        """A function that shows how many there are so far."""
+        return lambda number: self.progress(f"{number:,} {what}")
 
-        def show(number: int, add: bool = False) -> int:
-            state[0] = state[0] + number if add else number
-            self.progress(f"{state[0]:,} {what}")
-            return 0
-
-        return show
+    def counted(self, items: Iterable[Item], what: str) -> Iterator[Item]:
+        """The items, while it is shown how many there have been."""
+        show = self.count(what)
+        for number, item in enumerate(items, 1):
+            show(number)
+            yield item
 
     def table(self, values: dict[str, Any]) -> None:
         """Names and values, one a line."""
@@ -92,21 +99,22 @@ class Display:
                     f"{head['top1']:.3f}", f"{head['agreement']:.3f}", f"{head['count']:,}",
                 )  # fmt: skip
         self.out.print(table)
-        self.out.print(
+        self.result(
             f"{values['documents']} documents, {values['bytes']:,} bytes; "
             f"predicted tokens per step {values['predicted_tokens_per_step']:.2f}"
         )
         for name, part in values["domains"].items():
             first = part["heads"][0]["bits_per_byte"]
-            self.out.print(f"  {name}: {first:.3f} bits per byte, {part['predicted_tokens_per_step']:.2f} tokens per step")
+            steps = part["predicted_tokens_per_step"]
+            self.result(f"  {name}: {first:.3f} bits per byte, {steps:.2f} tokens per step")
 
     def trained(self, result: TrainResult) -> None:
         """How training ended."""
         self._end_live()
         if result.finished:
-            self.out.print(f"Trained {result.step} steps in {result.seconds:.0f} s: {result.checkpoint}")
+            self.result(f"Trained {result.step} steps in {result.seconds:.0f} s: {result.checkpoint}")
         else:
-            self.out.print(f"Stopped at step {result.step}, saved as {result.checkpoint}; --resume goes on from there")
+            self.result(f"Stopped at step {result.step}, saved as {result.checkpoint}; --resume goes on from there")
 
     def side_by_side(self, plain: Generation, drafted: Generation, pieces: list[str]) -> None:
         """A prompt's two outputs next to each other, each token of the second coloured by the head that drafted it."""
@@ -129,12 +137,11 @@ class Display:
     def next_commands(self, result: dict[str, Any]) -> None:
         """What a newcomer may want after the demo."""
         folder = result["checkpoint"]
-        self.out.print(
+        self.result(
             f"\nThe report with plots: {folder}/report.html\nNext:\n"
             f'  foretoken generate {folder} "def read(" --max-tokens 200\n'
             f"  foretoken evaluate {folder}\n"
-            f"  foretoken train demo --out runs/mine --set data.source='[\"my/code\"]' --set train.steps=1000",
-            markup=False,
+            f"  foretoken train demo --out runs/mine --set data.source='[\"my/code\"]' --set train.steps=1000"
         )
 
     def _progress(self, drawn: Callable[[], Any], line: Callable[[], str], last: bool) -> None:
@@ -160,8 +167,8 @@ class Display:
 def summary(generation: Generation) -> None:
     """What a generation took, on standard error."""
     count, steps = len(generation.ids), len(generation.steps)
-    text = f"{count} tokens in {steps} steps: {generation.tokens_per_step:.2f} tokens per step ({generation.finish_reason})"
-    print(text, file=sys.stderr)
+    rate, reason = generation.tokens_per_step, generation.finish_reason
+    print(f"{count} tokens in {steps} steps: {rate:.2f} tokens per step ({reason})", file=sys.stderr)
 
 
 def _training_table(record: Record, steps: int) -> Group:

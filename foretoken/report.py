@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from foretoken.completion import Generation, token_pieces
+from foretoken.metrics import Record
 from foretoken.tokenizer import Tokenizer
-from foretoken.train import Record
-
-if TYPE_CHECKING:
-    from foretoken.demo import Comparison
 
 COLOURS = ("#f4f4f4", "#b7e4c7", "#a2d2ff", "#e0b1ff", "#ffe08a")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -20,9 +19,9 @@ td,th{padding:.2rem 1rem .2rem 0;text-align:left}figure{margin:1.5rem 0}.dim{col
 
 
 def write_report(
-    path: Path, records: list[Record], result: dict[str, Any], comparison: Comparison, tokenizer: Tokenizer
+    path: Path, records: list[Record], result: dict[str, Any], shown: Sequence[Generation], tokenizer: Tokenizer
 ) -> None:
-    """Write the page from training records, the demo's result and the comparison whose text is shown."""
+    """Write the page from training records, the demo's result and the generations whose text is shown."""
     sampled = result["sampled"]
     rows = [
         ("held-out bits per byte, head 1", f"{result['bits_per_byte']:.3f}", ""),
@@ -42,7 +41,7 @@ prompts continued by {result["max_tokens"]} bytes each, plainly and with the ext
 <figure>{_loss_plot(records)}</figure><figure>{_steps_plot(records, result)}</figure>
 <figure>{_acceptance_plot(result)}</figure>
 <h2>Text at temperature {sampled["temperature"]:g}</h2><p>{_legend(result["n_future"])}</p>
-{"".join(_text(tokenizer, generation) for generation in comparison.drafted[:4])}
+{"".join(_text(tokenizer, generation) for generation in shown)}
 <p class="dim">Greedy text of a small model falls into loops, which any drafter predicts: read greedy figures beside
 the share of distinct 8-grams.</p></html>
 """,
@@ -59,7 +58,9 @@ def _loss_plot(records: list[Record]) -> str:
     training = [record for record in records if record["kind"] == "train"]
     minutes = [record["seconds"] / 60 for record in training]
     for head in range(len(training[0]["bits_per_byte"])):
-        axes.plot(minutes, [record["bits_per_byte"][head] for record in training], label=f"head {head + 1}: t+{head + 1}")
+        axes.plot(
+            minutes, [record["bits_per_byte"][head] for record in training], label=f"head {head + 1}: t+{head + 1}"
+        )
     axes.legend()
     return _svg(figure)
 
@@ -107,9 +108,7 @@ def _legend(n: int) -> str:
     return "Each token by the head that drafted it: " + " ".join(spans)
 
 
-def _text(tokenizer: Tokenizer, generation: Any) -> str:
-    from foretoken.demo import token_pieces
-
+def _text(tokenizer: Tokenizer, generation: Generation) -> str:
     spans = "".join(
         f'<span style="background:{COLOURS[(head - 1) % len(COLOURS)]}">{html.escape(piece)}</span>'
         for piece, head in zip(token_pieces(tokenizer, generation), generation.sources, strict=True)

@@ -5,22 +5,22 @@ A run has one folder: metrics.jsonl, checkpoint-STEP/ while it goes on, and at i
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from foretoken import optim
+from foretoken import metrics, optim
 from foretoken.checkpoint import (
     STEP_PREFIX,
+    TRAIN_STATE,
     Provenance,
     load_model,
     load_train_state,
@@ -29,23 +29,16 @@ from foretoken.checkpoint import (
     read_json,
     save_checkpoint,
 )
-from foretoken.config import Recipe, TrainConfig
-from foretoken.data import Batch, Tokens, Windows, prepare
-from foretoken.errors import CheckpointError, ConfigError, TrainingError
-from foretoken.loss import (
-    LossOutput,
-    agreement,
-    mtp_loss,
-    predicted_tokens_per_step,
-    scales,
-    sequential_backward,
-    targets,
-    valid_counts,
-)
+from foretoken.config import ModelConfig, Recipe, TrainConfig
+from foretoken.data import Batch, Split, Tokens, Windows, prepare
+from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
+from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
+from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer, from_config
 
-Record = dict[str, Any]
+# What may differ between a run and its continuation: these decide what is written and where, not what is learned.
+FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device")
 
 
 @dataclass(frozen=True)
@@ -70,82 +63,99 @@ def train(
     """
     run, config = Path(out), recipe.train
     _check_folder(run, resume)
-    device, autocast = _device(config), _autocast_dtype(config)
+    metrics.check_extras(config)
+    device = _device(config)
     tokenizer = from_config(recipe.tokenizer)
     model_config = recipe.model.resolve(tokenizer.vocab_size, config.seq_len)
     report({"kind": "prepare"})
-    train_tokens, valid_tokens = (prepare(recipe.data, tokenizer, split) for split in ("train", "validation"))
-    n = model_config.n_future
-    batches = Windows(train_tokens, config.seq_len, n, config.batch_size, config.seed)
+    batches, held_out = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
+    start = newest_step(run) if resume else None
+    if start is not None:
+        _check_same_run(start, recipe, batches.tokens)
     run.mkdir(parents=True, exist_ok=True)
     prune(run, config.keep_checkpoints)
 
-    start = newest_step(run) if resume else None
-    if start is not None:
-        _check_same_run(start, recipe, train_tokens)
-        model = load_model(start, None, device).train()
-    else:
-        model = Model(model_config)
-        model.init_weights(config.seed)
-        model.to(device)
-    optimizers = optim.make_optimizers(model, recipe.optim)
-    step = 0
-    if start is not None:
-        load_train_state(start, model, optimizers)
-        step = int(start.name.removeprefix(STEP_PREFIX))
-    provenance = partial(Provenance, recipe.model_dump(mode="json"), train_tokens.fingerprint)
-    report({"kind": "start", "step": step, "steps": config.steps, "parameters": sum(p.numel() for p in model.parameters())})
-
-    log = _MetricsLog(run, step, recipe, report)
-    tokens_per_byte = train_tokens.tokens_per_byte
-    began, window_began, window_tokens = time.perf_counter(), time.perf_counter(), 0
-    meter = _Meter(n, tokens_per_byte)
-    first, last = step, Record()
-    with _stop_signals() as stop:
-        while step < config.steps and not stop:
+    meter = Meter(model_config.n_future, batches.tokens.tokens_per_byte)
+    model, optimizers, step, last = _begin(start, recipe, model_config, device, meter)
+    provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
+    parameters = sum(p.numel() for p in model.parameters())
+    report({"kind": "start", "step": step, "steps": config.steps, "parameters": parameters})
+    began, first = time.perf_counter(), step
+    marked, marked_step = began, step  # when the last record was made
+    with MetricsLog(run, step, recipe, report) as log, _stop_signals() as stop:
+        while True:
             batch = _to(batches.batch(step), device)
-            ratio = optim.learning_rate_ratio(step, config.steps, recipe.optim)
-            optim.set_learning_rate(optimizers, ratio)
-            weights = optim.head_weights(step, n, recipe.loss)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-                for part, output, counts in _backward(model, batch, weights, recipe):
-                    meter.add(part, output, counts)
-            _check_finite(meter, step, run)
-            norm = optim.clip_gradients(model, recipe.optim.clip)
-            if not math.isfinite(norm):
-                raise TrainingError(f"step {step}: the gradient's norm is {norm}; {_what_is_left(run)}")
-            for optimizer in optimizers:
-                optimizer.step()
+            norm = _update(model, optimizers, batch, step, recipe, meter, run)
             step += 1
-            window_tokens += batch.tokens.size(0) * config.seq_len
-
-            if step % config.log_every == 0 or step == config.steps:
-                now = time.perf_counter()
-                rate = window_tokens / (now - window_began)
-                left = (config.steps - step) * (now - began) / (step - first)
-                timing = {"learning_rate": ratio * recipe.optim.lr, "gradient_norm": norm, "tokens_per_second": rate}
-                last = meter.take("train", step) | timing | {"seconds": now - began, "seconds_left": left}
+            finished, stopped = step == config.steps, bool(stop)
+            if finished or step % config.log_every == 0:
+                now, per_step = time.perf_counter(), config.batch_size * config.seq_len
+                last = meter.take("train", step) | {
+                    "learning_rate": optim.learning_rate_ratio(step - 1, config.steps, recipe.optim) * recipe.optim.lr,
+                    "gradient_norm": norm,
+                    "tokens_per_second": (step - marked_step) * per_step / (now - marked),
+                    "seconds": now - began,
+                    "seconds_left": (config.steps - step) * (now - began) / (step - first),
+                }
                 log.write(last)
-                window_began, window_tokens = time.perf_counter(), 0
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                last_validation = _validate(model, valid_tokens, recipe, autocast, step)
-                log.write(last_validation)
-            if step % config.save_every == 0 and step < config.steps:
-                save_checkpoint(run / f"{STEP_PREFIX}{step}", model, tokenizer, provenance(step, last), optimizers)
+                marked, marked_step = time.perf_counter(), step
+            if finished or (config.eval_every and step % config.eval_every == 0):
+                validation = _validate(model, held_out, recipe, step)
+                log.write(validation)
+            if finished:
+                save_checkpoint(run, model, tokenizer, provenance(step, validation))
+                prune(run, config.keep_checkpoints - 1)
+                return TrainResult(run, step, True, time.perf_counter() - began, validation)
+            if stopped or step % config.save_every == 0:
+                path = run / f"{STEP_PREFIX}{step}"
+                save_checkpoint(path, model, tokenizer, provenance(step, last), optimizers, meter.state())
                 prune(run, config.keep_checkpoints)
-    log.close()
-    seconds = time.perf_counter() - began
-    if step < config.steps:
-        path = run / f"{STEP_PREFIX}{step}"
-        if step > first and not path.exists():
-            save_checkpoint(path, model, tokenizer, provenance(step, last), optimizers)
-            prune(run, config.keep_checkpoints)
-        return TrainResult(path, step, False, seconds, last)
-    save_checkpoint(run, model, tokenizer, provenance(step, last_validation))
-    prune(run, config.keep_checkpoints - 1)
-    return TrainResult(run, step, True, seconds, last_validation)
+            if stopped:
+                return TrainResult(path, step, False, time.perf_counter() - began, last)
+
+
+def _begin(
+    start: Path | None, recipe: Recipe, config: ModelConfig, device: torch.device, meter: Meter
+) -> tuple[Model, list[torch.optim.Optimizer], int, Record]:
+    """Model, optimisers, step and last record: new, or as the checkpoint `start` holds them, with the meter's sums."""
+    if start is None:
+        model = Model(config)
+        model.init_weights(recipe.train.seed)
+        model.to(device)
+        return model, optim.make_optimizers(model, recipe.optim), 0, {}
+    model = load_model(start, None, device).train()
+    optimizers = optim.make_optimizers(model, recipe.optim)
+    meter.restore(load_train_state(start, model, optimizers))
+    last = read_json(start / "foretoken.json").get("metrics") or {}
+    return model, optimizers, int(start.name.removeprefix(STEP_PREFIX)), last
+
+
+def _update(
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    batch: Batch,
+    step: int,
+    recipe: Recipe,
+    meter: Meter,
+    run: Path,
+) -> float:
+    """One step of training; returns the gradient's norm before clipping. A loss that is no number updates nothing."""
+    optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, recipe.train.steps, recipe.optim))
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    weights = optim.head_weights(step, model.config.n_future, recipe.loss)
+    with _autocast(model, recipe.train):
+        for part, output, counts in _backward(model, batch, weights, recipe):
+            meter.add(output, counts, part.document_ids)
+    for depth, value in enumerate(meter.sums["loss"].tolist()):
+        if not math.isfinite(value):
+            raise TrainingError(f"step {step}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
+    norm = optim.clip_gradients(model, recipe.optim.clip)
+    if not math.isfinite(norm):
+        raise TrainingError(f"step {step}: the gradient's norm is {norm}; {_what_is_left(run)}")
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
 
 
 def _backward(
@@ -153,16 +163,13 @@ def _backward(
 ) -> Iterator[tuple[Batch, LossOutput, torch.Tensor]]:
     """Forward and backward of every micro-batch; each head's mean is over its targets in the whole batch."""
     n, T = model.config.n_future, recipe.train.seq_len
-    across = recipe.loss.targets_across_documents
-    labels = targets(batch.tokens, batch.document_ids, batch.label_mask, n, across_documents=across)
+    labels = _targets(batch, n, recipe)
     factors = scales(weights, valid_counts(labels))
     size = recipe.train.micro_batch_size or batch.tokens.size(0)
     for start in range(0, batch.tokens.size(0), size):
         rows = slice(start, start + size)
         part = Batch(batch.tokens[rows], batch.document_ids[rows], batch.label_mask[rows])
-        tokens = part.tokens[:, :T]
-        documents = None if recipe.train.attention_across_documents else part.document_ids[:, :T]
-        part_labels = labels[:, rows]
+        tokens, documents, part_labels = part.tokens[:, :T], _attended(part, recipe.train), labels[:, rows]
         if recipe.loss.method == "chunked":
             output = mtp_loss(model(tokens, documents), model.lm_head.weight, part_labels, factors)
             output.total.backward()  # type: ignore[no-untyped-call]
@@ -174,110 +181,43 @@ def _backward(
         yield part, output, valid_counts(part_labels)
 
 
-class _Meter:
-    """Sums of what the loss passes report, until `take` makes a record of them."""
+def _targets(batch: Batch, n: int, recipe: Recipe) -> torch.Tensor:
+    across = recipe.loss.targets_across_documents
+    return targets(batch.tokens, batch.document_ids, batch.label_mask, n, across_documents=across)
 
-    def __init__(self, n: int, tokens_per_byte: float) -> None:
-        self.n, self.tokens_per_byte = n, tokens_per_byte
-        self.sums = {key: torch.zeros(n, dtype=torch.float64) for key in ("loss", "count", "correct", "agreed", "pairs")}
-        self.accepted, self.positions = torch.zeros(n - 1), 0
 
-    def add(self, batch: Batch, output: LossOutput, counts: torch.Tensor) -> None:
-        agreed = agreement(output.predictions, batch.document_ids)
-        new = {"loss": output.sums, "count": counts, "correct": output.correct, "agreed": agreed.agreed, "pairs": agreed.count}
-        for key, value in new.items():
-            self.sums[key] += value.cpu()
-        self.accepted += agreed.accepted.cpu()
-        self.positions += int(agreed.positions)
-
-    def take(self, kind: str, step: int) -> Record:
-        count, pairs = self.sums["count"].clamp(min=1), self.sums["pairs"].clamp(min=1)
-        loss = self.sums["loss"] / count
-        record = {
-            "kind": kind,
-            "step": step,
-            "loss": loss.tolist(),
-            "bits_per_byte": (loss / math.log(2) * self.tokens_per_byte).tolist(),
-            "top1": (self.sums["correct"] / count).tolist(),
-            "agreement": (self.sums["agreed"] / pairs).tolist(),
-            "count": self.sums["count"].long().tolist(),
-            "predicted_tokens_per_step": predicted_tokens_per_step(self.accepted, torch.tensor(self.positions)),
-        }
-        self.__init__(self.n, self.tokens_per_byte)  # type: ignore[misc]
-        return record
+def _attended(batch: Batch, config: TrainConfig) -> torch.Tensor | None:
+    """Documents (B, T) inside which positions attend, None for all that is before them."""
+    return None if config.attention_across_documents else batch.document_ids[:, : config.seq_len]
 
 
 @torch.no_grad()
-def _validate(
-    model: Model, tokens: Tokens, recipe: Recipe, autocast: torch.dtype | None, step: int
-) -> Record:
-    """Losses on the first `eval_windows` validation windows in a fixed order; the documents' whole text is `evaluate`'s."""
-    n, config = model.config.n_future, recipe.train
-    size = config.micro_batch_size or config.batch_size
-    windows = Windows(tokens, config.seq_len, n, size, seed=0)
-    meter = _Meter(n, tokens.tokens_per_byte)
+def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Record:
+    """Losses on the first `eval_windows` validation windows, always the same; whole documents are `evaluate`'s."""
+    n, size = model.config.n_future, held_out.batch_size
+    meter = Meter(n, held_out.tokens.tokens_per_byte)
     model.eval()
-    for index in range(-(-min(config.eval_windows, windows.windows_per_epoch) // size)):
-        batch = _to(windows.batch(index), model.device)
-        labels = targets(batch.tokens, batch.document_ids, batch.label_mask, n, across_documents=recipe.loss.targets_across_documents)
-        documents = None if config.attention_across_documents else batch.document_ids[:, : config.seq_len]
-        with torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            hidden = model(batch.tokens[:, : config.seq_len], documents)
-            output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n))
-        meter.add(batch, output, valid_counts(labels))
+    for index in range(-(-min(recipe.train.eval_windows, held_out.windows_per_epoch) // size)):
+        batch = _to(held_out.batch(index), model.device)
+        labels = _targets(batch, n, recipe)
+        hidden = model(batch.tokens[:, : recipe.train.seq_len], _attended(batch, recipe.train))
+        meter.add(
+            mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n)), valid_counts(labels), batch.document_ids
+        )
     model.train()
     return meter.take("validation", step)
 
 
-class _MetricsLog:
-    """metrics.jsonl, and TensorBoard and Weights & Biases when the recipe asks for them."""
-
-    def __init__(self, run: Path, step: int, recipe: Recipe, report: Callable[[Record], None]) -> None:
-        path = run / "metrics.jsonl"
-        if path.exists():  # a resumed run repeats the steps after its checkpoint
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a", encoding="utf-8")
-        self.writers = [report, *_extra_writers(run, recipe)]
-
-    def write(self, record: Record) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for writer in self.writers:
-            writer(record)
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _extra_writers(run: Path, recipe: Recipe) -> list[Callable[[Record], None]]:
-    writers: list[Callable[[Record], None]] = []
-    if recipe.train.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError("train.tensorboard needs: pip install 'foretoken[tensorboard]'") from None
-        board = SummaryWriter(str(run))  # type: ignore[no-untyped-call]
-        writers.append(lambda r: [board.add_scalar(k, v, r["step"]) for k, v in _flat(r).items()] and None)  # type: ignore[no-untyped-call, func-returns-value]
-    if recipe.train.wandb_project:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("train.wandb_project needs: pip install 'foretoken[wandb]'") from None
-        session = wandb.init(project=recipe.train.wandb_project, dir=str(run), config=recipe.model_dump(mode="json"))
-        writers.append(lambda r: session.log(_flat(r), step=r["step"]))
-    return writers
-
-
-def _flat(record: Record) -> dict[str, float]:
-    """Numbers of a record by name, a list's as name/head_1, name/head_2 and so on."""
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, list):
-            flat |= {f"{record['kind']}/{key}/head_{i + 1}": v for i, v in enumerate(value)}
-        elif isinstance(value, int | float) and key != "step":
-            flat[f"{record['kind']}/{key}"] = value
-    return flat
+def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Windows:
+    """The windows of a split; those of validation come in an order that is no part of the run's seed."""
+    config, n = recipe.train, recipe.model.n_future
+    tokens = prepare(recipe.data, tokenizer, split)
+    try:
+        if split == "train":
+            return Windows(tokens, config.seq_len, n, config.batch_size, config.seed)
+        return Windows(tokens, config.seq_len, n, config.micro_batch_size or config.batch_size, seed=0)
+    except DataError as error:
+        raise DataError(f"{split} split: {error}; give more text or lower train.seq_len") from None
 
 
 @contextmanager
@@ -302,35 +242,36 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _check_folder(run: Path, resume: bool) -> None:
-    if (run / "config.json").exists() and resume:
-        raise ConfigError(f"{run}: this run is finished; nothing to resume")
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run}: is a file; the run needs a folder")
+    above = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{run}: nothing can be written in {above}; choose another folder")
+    if (run / "config.json").exists() and resume:
+        raise ConfigError(f"{run}: this run is finished; nothing to resume")
+    if resume and newest_step(run) is None and not (run / metrics.FILE).exists():
+        raise ConfigError(f"{run}: no run that could be resumed; leave out --resume to begin one")
     if not resume and run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"{run}: is not empty; continue that run with --resume or choose another folder")
 
 
 def _check_same_run(checkpoint: Path, recipe: Recipe, tokens: Tokens) -> None:
     stored = read_json(checkpoint / "foretoken.json")
-    if not (checkpoint / "train_state").is_dir():
-        raise CheckpointError(f"{checkpoint}: has no train_state, so training cannot continue from it")
-    wanted = recipe.model_dump(mode="json")
-    for section in ("model", "tokenizer", "data", "loss", "optim", "train"):
-        old, new = (stored.get("recipe") or {}).get(section, {}), wanted[section]
-        for key in new:
-            if old.get(key) != new[key] and key not in ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device"):
+    if not (checkpoint / TRAIN_STATE).is_dir():
+        raise CheckpointError(f"{checkpoint}: has no {TRAIN_STATE}, so training cannot continue from it")
+    recorded = stored.get("recipe")
+    if not isinstance(recorded, Mapping) or not all(isinstance(section, Mapping) for section in recorded.values()):
+        raise CheckpointError(f"{checkpoint}/foretoken.json: records no recipe, so training cannot continue from it")
+    for section, wanted in recipe.model_dump(mode="json").items():
+        for key, new in wanted.items():
+            old = recorded.get(section, {}).get(key)
+            if old != new and key not in FREE_TO_CHANGE:
                 raise ConfigError(
-                    f"{checkpoint}: was trained with {section}.{key} = {old.get(key)}, the recipe says {new[key]}; "
+                    f"{checkpoint}: was trained with {section}.{key} = {old}, the recipe says {new}; "
                     f"resume with the same recipe"
                 )
     if stored.get("data_fingerprint") != tokens.fingerprint:
         raise ConfigError(f"{checkpoint}: the data have changed since; resume needs the same documents")
-
-
-def _check_finite(meter: _Meter, step: int, run: Path) -> None:
-    for depth, value in enumerate(meter.sums["loss"].tolist()):
-        if not math.isfinite(value):
-            raise TrainingError(f"step {step}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
 
 
 def _what_is_left(run: Path) -> str:
@@ -344,14 +285,14 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _autocast_dtype(config: TrainConfig) -> torch.dtype | None:
+def _autocast(model: Model, config: TrainConfig) -> torch.autocast:
     """bfloat16 where the recipe asks for it or, with 'auto', where the hardware multiplies it fast."""
-    if config.precision == "auto":
-        return torch.bfloat16 if optim.fast_bfloat16(_device(config)) else None
-    return torch.bfloat16 if config.precision == "bfloat16" else None
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and optim.fast_bfloat16(model.device))
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=wanted)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in (batch.tokens, batch.document_ids, batch.label_mask)))
+    parts = (batch.tokens, batch.document_ids, batch.label_mask)
+    return Batch(*(part.pin_memory().to(device, non_blocking=True) for part in parts))

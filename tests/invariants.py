@@ -240,7 +240,7 @@ def slow_probabilities(logits: Sequence[float], sampling: Sampling) -> list[floa
         ids = kept
     if sampling.min_p > 0:
         p = softmax(ids)
-        ids = [i for i in ids if p[i] >= sampling.min_p * p[top]]
+        ids = [i for i in ids if p[i] >= sampling.min_p * max(p.values())]
     p = softmax(ids)
     return [p.get(i, 0.0) for i in range(len(logits))]
 

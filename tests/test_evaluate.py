@@ -225,6 +225,7 @@ def test_bits_per_byte_count_bytes_of_text_not_tokens() -> None:
         assert head.count == tokens
         assert head.loss is not None
         assert head.bits_per_byte == pytest.approx(head.loss / math.log(2) * tokens / size)
+        assert head.interval == pytest.approx([head.bits_per_byte] * 2)  # one document: every draw is the same
 
 
 # ------------------------------------------------------------------------------------------------ the walk

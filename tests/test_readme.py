@@ -26,9 +26,8 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
-            text = line.strip().removeprefix("$ ")
-            if re.match(r"foretoken [a-z]", text) and line.startswith(("    ", "$ ", "foretoken ")):
-                found.append(text)
+            if shown := re.match(r"(?:    |\$ )(foretoken [a-z].*)", line):
+                found.append(shown.group(1).partition(" # ")[0].strip())
     return list(dict.fromkeys(found))
 
 

@@ -112,16 +112,15 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
 
     Raises CheckpointError for an architecture or an option that our layers do not compute.
     """
-    architecture = next((a for a, name in _CLASSES.items() if name in (values.get("architectures") or [])), None)
+    named = values.get("architectures")
+    architecture = next((a for a, name in _CLASSES.items() if isinstance(named, list) and name in named), None)
     if architecture is None:
-        raise CheckpointError(
-            f"{where}: architectures = {values.get('architectures')}; supported are {', '.join(_CLASSES.values())}"
-        )
-    missing = [
-        key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if key not in values
-    ]
-    if missing or "num_attention_heads" not in values:
-        raise CheckpointError(f"{where}: '{(missing or ['num_attention_heads'])[0]}' is missing")
+        raise CheckpointError(f"{where}: architectures = {named}; supported are {', '.join(_CLASSES.values())}")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if key not in values:
+            raise CheckpointError(f"{where}: '{key}' is missing")
+        if not isinstance(values[key], int) or values[key] < 1:
+            raise CheckpointError(f"{where}: {key} = {values[key]!r}; must be a whole number above 0")
     _refuse_unsupported(values, architecture, where)
     fields: dict[str, Any] = {key: values[key] for key in _COPIED if values.get(key) is not None}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -131,31 +130,29 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
     theta, scaling = _rope(values, where)
     fields |= {"architecture": architecture, "rope_theta": theta, "rope_scaling": scaling}
     if heads is not None:
+        beside = f"{where.removesuffix('config.json')}mtp_heads/config.json"
         own = heads.get("foretoken")
         if not isinstance(own, dict) or "n_future" not in own or "head_kind" not in own:
-            raise CheckpointError(
-                f"{where.removesuffix('config.json')}mtp_heads/config.json: no 'foretoken' key with head_kind and n_future"
-            )
+            raise CheckpointError(f"{beside}: no 'foretoken' key with head_kind and n_future")
         if own.get("hidden_size") != fields["hidden_size"]:
-            raise CheckpointError(
-                f"{where.removesuffix('config.json')}mtp_heads/config.json: heads of width {own.get('hidden_size')} "
-                f"beside a model of width {fields['hidden_size']}"
-            )
+            widths = f"heads of width {own.get('hidden_size')} beside a model of width {fields['hidden_size']}"
+            raise CheckpointError(f"{beside}: {widths}")
         fields |= {"n_future": own["n_future"], "head_kind": own["head_kind"]}
     return validated(ModelConfig, fields, where)
 
 
 def _rope(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or values.get("rope_theta") or 10_000.0)
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{where}: rope_parameters = {parameters!r}; must be an object")
+    theta = parameters.get("rope_theta") or values.get("rope_theta") or 10_000.0
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise CheckpointError(f"{where}: rope type '{kind}'; supported are default and llama3")
-    return theta, validated(
-        RopeScaling, {k: parameters[k] for k in RopeScaling.model_fields if k in parameters}, f"{where}: rope"
-    )
+    fields = {key: parameters[key] for key in RopeScaling.model_fields if key in parameters}
+    return theta, validated(RopeScaling, fields, f"{where}: rope")
 
 
 def _refuse_unsupported(values: dict[str, Any], architecture: Architecture, where: str) -> None:

@@ -1,0 +1,159 @@
+"""What training measures: sums over steps, the records made of them, and where the records go."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from foretoken.config import Recipe, TrainConfig
+from foretoken.errors import CheckpointError, ConfigError, TrainingError
+from foretoken.loss import LossOutput, agreement, predicted_tokens_per_step
+
+Record = dict[str, Any]
+FILE = "metrics.jsonl"
+
+
+class Meter:
+    """Sums of what loss passes give, per head, until `take` makes a record of them and starts anew."""
+
+    def __init__(self, n: int, tokens_per_byte: float) -> None:
+        self.n, self.tokens_per_byte = n, tokens_per_byte
+        self._reset()
+
+    def _reset(self) -> None:
+        names = ("loss", "count", "correct", "agreed", "pairs", "accepted")
+        self.sums = {name: torch.zeros(self.n, dtype=torch.float64) for name in names}
+        self.positions = 0
+
+    def add(self, output: LossOutput, counts: torch.Tensor, document_ids: torch.Tensor) -> None:
+        """Add one pass: its output, its valid targets (n,), and the document ids (B, T + n) of its windows."""
+        agreed = agreement(output.predictions, document_ids)
+        accepted = torch.nn.functional.pad(agreed.accepted, (1, 0))  # nothing drafts head 1's token
+        values = (output.sums, counts, output.correct, agreed.agreed, agreed.count, accepted)
+        for total, value in zip(self.sums.values(), values, strict=True):
+            total += value.cpu()
+        self.positions += int(agreed.positions)
+
+    def take(self, kind: str, step: int) -> Record:
+        """The record of everything added since the last one."""
+        sums = self.sums
+        count, pairs = sums["count"].clamp(min=1), sums["pairs"].clamp(min=1)
+        loss = sums["loss"] / count
+        record = {
+            "kind": kind,
+            "step": step,
+            "loss": loss.tolist(),
+            "bits_per_byte": (loss / math.log(2) * self.tokens_per_byte).tolist(),
+            "top1": (sums["correct"] / count).tolist(),
+            "agreement": (sums["agreed"] / pairs).tolist(),
+            "count": sums["count"].long().tolist(),
+            "predicted_tokens_per_step": predicted_tokens_per_step(sums["accepted"], torch.tensor(self.positions)),
+        }
+        self._reset()
+        return record
+
+    def state(self) -> Record:
+        """What is added and not yet taken, as JSON values, for `restore`."""
+        return {"positions": self.positions, **{name: total.tolist() for name, total in self.sums.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. Raises CheckpointError for one of another shape."""
+        try:
+            self.positions = int(state["positions"])
+            self.sums = {name: torch.tensor(state[name], dtype=torch.float64) for name in self.sums}
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError("the training state's unlogged.json is not what training saved") from None
+        if any(total.shape != (self.n,) for total in self.sums.values()):
+            raise CheckpointError(f"the training state's unlogged.json is not of {self.n} heads")
+
+
+class MetricsLog:
+    """A run's metrics.jsonl, and TensorBoard and Weights & Biases when the recipe asks for them.
+
+    Records of steps after `step` are dropped first: a resumed run repeats them.
+    """
+
+    def __init__(self, run: Path, step: int, recipe: Recipe, report: Callable[[Record], None]) -> None:
+        self.path = run / FILE
+        if self.path.exists():
+            kept = "".join(f"{line}\n" for line in self.path.read_text().splitlines() if _step(line) <= step)
+            rewritten = self.path.with_suffix(".rewritten")
+            rewritten.write_text(kept)
+            os.replace(rewritten, self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writers = [report, *_extra_writers(run, recipe)]
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with suppress(OSError):  # nothing is left to write, but for a record that has failed already
+            self.file.close()
+
+    def write(self, record: Record) -> None:
+        """Append a record and hand it to the other writers. Raises TrainingError when it cannot be written."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.path}: cannot be written: {error.strerror}") from None
+        for writer in self.writers:
+            writer(record)
+
+
+def _step(line: str) -> float:
+    """Step of a line of metrics.jsonl, infinite for one that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Raises ConfigError when the recipe asks for a writer that is not installed."""
+    for wanted, package, option in (
+        (config.tensorboard, "tensorboard", "tensorboard"),
+        (config.wandb_project, "wandb", "wandb_project"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"train.{option} needs: pip install 'foretoken[{package}]'")
+
+
+def _extra_writers(run: Path, recipe: Recipe) -> list[Callable[[Record], None]]:
+    writers: list[Callable[[Record], None]] = []
+    if recipe.train.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(run))
+
+        def to_tensorboard(record: Record) -> None:
+            for name, value in _flat(record).items():
+                board.add_scalar(name, value, record["step"])
+
+        writers.append(to_tensorboard)
+    if recipe.train.wandb_project:
+        import wandb
+
+        session = wandb.init(project=recipe.train.wandb_project, dir=str(run), config=recipe.model_dump(mode="json"))
+        writers.append(lambda record: session.log(_flat(record), step=record["step"]))
+    return writers
+
+
+def _flat(record: Record) -> dict[str, float]:
+    """Numbers of a record by name, a list's as name/head_1, name/head_2 and so on."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            flat |= {f"{record['kind']}/{key}/head_{i + 1}": v for i, v in enumerate(value)}
+        elif isinstance(value, int | float) and key != "step":
+            flat[f"{record['kind']}/{key}"] = value
+    return flat

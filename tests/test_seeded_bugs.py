@@ -1,0 +1,373 @@
+"""Positive controls: each bug, seeded here, must be caught by an invariant that holds without it.
+
+The checks are those of invariants.py, which the other tests call on the real code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import run, tiny_model
+from invariants import (
+    Violation,
+    cached_is_full,
+    greedy_is_argmax,
+    logprobs_are_targets,
+    loss_is_oracle,
+    no_peeking,
+    random_batch,
+    sampling_law,
+    speculative_is_plain,
+)
+from test_decode import LAW, PROMPTS, VAGUE
+from torch import Tensor
+
+from foretoken import decode as decoding
+from foretoken import loss, sampling
+from foretoken.cache import KVCache
+from foretoken.model import Model
+from foretoken.sampling import Sampling
+
+SOFT = Sampling(1.0)
+Check = Callable[[], None]
+Patch = pytest.MonkeyPatch
+
+# The invariants, on inputs of a fixed size
+
+
+def losses() -> None:
+    for seed in range(12):
+        loss_is_oracle(random_batch(seed))
+
+
+def no_head_peeks() -> None:
+    no_peeking(VAGUE, torch.tensor([[1, 2, 3, 4, 5, 6]]), 3)
+
+
+def cache_holds() -> None:
+    cached_is_full(VAGUE, [("write", [4]), ("back", [2, 0, 3]), ("write", [3]), ("select", [2, 0]), ("write", [1])])
+
+
+def speculative() -> None:
+    speculative_is_plain(VAGUE, PROMPTS, 3, SOFT)
+
+
+def greedy() -> None:
+    for request in run(VAGUE, PROMPTS, 3):
+        greedy_is_argmax(VAGUE, request)
+
+
+def logprobs() -> None:
+    for request in run(VAGUE, PROMPTS, 3, SOFT):
+        logprobs_are_targets(VAGUE, request)
+
+
+def law() -> None:
+    sampling_law(LAW, [1, 2, 3], 3, SOFT, 2500)
+
+
+def law_of_one_draft() -> None:
+    sampling_law(LAW, [1, 2, 3], 1, SOFT, 2500)
+
+
+# The bugs
+
+
+def shifted(by: int) -> Callable[[Patch], None]:
+    """Head i learns the token `by` places from its own."""
+
+    def apply(patch: Patch) -> None:
+        real = loss.targets
+
+        def targets(tokens: Tensor, document_ids: Tensor, label_mask: Tensor, n: int, **options: bool) -> Tensor:
+            return real(tokens.roll(-by, 1), document_ids, label_mask, n, **options)
+
+        patch.setattr(loss, "targets", targets)
+
+    return apply
+
+
+def leaks_over_documents(patch: Patch) -> None:
+    real = loss.targets
+
+    def targets(*windows: Any, across_documents: bool = False) -> Tensor:
+        return real(*windows, across_documents=True)
+
+    patch.setattr(loss, "targets", targets)
+
+
+def document_of_the_label_before(patch: Patch) -> None:
+    """The bound is looked up one place too early, so the first token behind it is learned."""
+    real = loss.targets
+
+    def targets(tokens: Tensor, document_ids: Tensor, *rest: Any, **options: bool) -> Tensor:
+        late = torch.cat((document_ids[:, :1], document_ids[:, :-1]), 1)
+        return real(tokens, torch.where(document_ids < 0, document_ids, late), *rest, **options)
+
+    patch.setattr(loss, "targets", targets)
+
+
+def one_count_for_all_heads(patch: Patch) -> None:
+    real = loss.valid_counts
+    patch.setattr(loss, "valid_counts", lambda labels: real(labels)[:1].expand(len(labels)))
+
+
+def masked_positions_counted(patch: Patch) -> None:
+    patch.setattr(loss, "valid_counts", lambda labels: torch.full((len(labels),), labels[0].numel()))
+
+
+def mask_of_the_position(patch: Patch) -> None:
+    """The prompt mask is applied to the position that predicts, not to the label."""
+    real = loss.targets
+
+    def targets(tokens: Tensor, document_ids: Tensor, label_mask: Tensor, n: int, **options: bool) -> Tensor:
+        labels = real(tokens, document_ids, torch.ones_like(label_mask), n, **options)
+        return labels.masked_fill(~label_mask[:, : labels.size(2)], loss.IGNORE)
+
+    patch.setattr(loss, "targets", targets)
+
+
+def bidirectional(patch: Patch) -> None:
+    real = Model.context
+
+    def context(model: Model, length: int, document_ids: Tensor | None = None) -> Any:
+        found = real(model, length, document_ids)
+        everything = torch.ones(1, 1, length, length, dtype=torch.bool)
+        return type(found)(found.cos, found.sin, everything)
+
+    patch.setattr(Model, "context", context)
+
+
+def one_rejected_draft_stays(patch: Patch) -> None:
+    real = KVCache.roll_back
+
+    def roll_back(cache: KVCache, lengths: Sequence[int]) -> None:
+        real(cache, [min(new + 1, old) for new, old in zip(lengths, cache.lengths, strict=True)])
+
+    patch.setattr(KVCache, "roll_back", roll_back)
+
+
+def all_rows_roll_back_to_the_longest(patch: Patch) -> None:
+    real = KVCache.roll_back
+
+    def roll_back(cache: KVCache, lengths: Sequence[int]) -> None:
+        real(cache, [min(max(lengths), old) for old in cache.lengths])
+
+    patch.setattr(KVCache, "roll_back", roll_back)
+
+
+def rows_mixed_up(patch: Patch) -> None:
+    """When a row leaves, keys move up and lengths stay."""
+
+    def select(cache: KVCache, rows: Sequence[int]) -> None:
+        index = torch.tensor(list(rows))
+        cache.keys, cache.values = cache.keys[:, index], cache.values[:, index]
+        cache.lengths = cache.lengths[: len(rows)]
+
+    patch.setattr(KVCache, "select", select)
+
+
+def rotary_off_by_one_in_a_block(patch: Patch) -> None:
+    """Positions of a block of several tokens start one too late."""
+    real = KVCache.positions
+    patch.setattr(KVCache, "positions", lambda cache, count: real(cache, count) + (1 < count < 5))
+
+
+def noise_off_by_one_in_a_block(patch: Patch) -> None:
+    """The token behind k accepted drafts is picked with the noise of the position before it."""
+    real = decoding.pick
+
+    def pick(logits: Tensor, positions: Tensor, seeds: Tensor, how: Sampling) -> Tensor:
+        return real(logits, positions - (torch.arange(positions.size(1)) > 0).long(), seeds, how)
+
+    patch.setattr(decoding, "pick", pick)
+
+
+def bonus_from_the_position_before(patch: Patch) -> None:
+    """Behind a whole accepted block the next token comes from the logits of the place before."""
+    real = decoding._pick_targets
+
+    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+        if logits.size(1) > 1:
+            logits = torch.cat((logits[:, :-1], logits[:, -2:-1]), 1)
+        return real(logits, requests, how)
+
+    patch.setattr(decoding, "_pick_targets", pick_targets)
+
+
+def drafts_logprob_returned(patch: Patch) -> None:
+    """An accepted draft keeps the log-probability that its own head gave it."""
+    real_drafts, real_targets = decoding._pick_drafts, decoding._pick_targets
+    drafted: dict[int, list[float]] = {}
+
+    def pick_drafts(stepper: Any, hidden: Tensor, counts: Sequence[int], requests: Any, how: Sampling) -> Any:
+        drafts = real_drafts(stepper, hidden, counts, requests, how)
+        for row, request in enumerate(requests):
+            own = stepper.logits(hidden[:, row, counts[row]]).log_softmax(-1)  # (K, V)
+            drafted[id(request)] = own.gather(-1, torch.tensor(drafts[row])[:, None])[:, 0].tolist()
+        return drafts
+
+    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+        tokens, logprobs = real_targets(logits, requests, how)
+        for row, request in enumerate(requests):
+            own = drafted.get(id(request), [])
+            logprobs[row][: len(own)] = own
+        return tokens, logprobs
+
+    patch.setattr(decoding, "_pick_drafts", pick_drafts)
+    patch.setattr(decoding, "_pick_targets", pick_targets)
+
+
+def logprobs_after_temperature_and_filters(patch: Patch) -> None:
+    real = decoding._pick_targets
+
+    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+        tokens, _ = real(logits, requests, how)
+        kept = sampling.filtered(logits, Sampling(1.0, top_k=5)).log_softmax(-1)
+        return tokens, kept.gather(-1, torch.tensor(tokens)[..., None])[..., 0].tolist()
+
+    patch.setattr(decoding, "_pick_targets", pick_targets)
+
+
+def soft_at_temperature_zero(patch: Patch) -> None:
+    """Greedy keeps the soft distribution and draws from it."""
+    real = decoding.pick
+
+    def pick(logits: Tensor, positions: Tensor, seeds: Tensor, how: Sampling) -> Tensor:
+        return real(logits, positions, seeds, how if how.temperature else Sampling(1.0, top_p=0.95))
+
+    patch.setattr(decoding, "pick", pick)
+
+
+def accepts_everything(patch: Patch) -> None:
+    def accepted(drafts: list[int], picked: list[int]) -> int:
+        picked[: len(drafts)] = drafts
+        return len(drafts)
+
+    patch.setattr(decoding, "accepted", accepted)
+
+
+def accepts_then_redraws(patch: Patch) -> None:
+    """A draft is accepted when it equals the target's draw; if not, another draw is emitted."""
+    real_targets, real_accepted = decoding._pick_targets, decoding.accepted
+    redraws: dict[int, list[int]] = {}
+
+    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+        tokens, logprobs = real_targets(logits, requests, how)
+        with pytest.MonkeyPatch.context() as other:
+            seeds = decoding._seeds(requests, logits) + (1 << 40)
+            other.setattr(decoding, "_seeds", lambda *_: seeds)
+            fresh, _ = real_targets(logits, requests, how)
+        redraws.update({id(row): again for row, again in zip(tokens, fresh, strict=True)})
+        return tokens, logprobs
+
+    def accepted(drafts: list[int], picked: list[int]) -> int:
+        count = real_accepted(drafts, picked)
+        if count < len(drafts):
+            picked[count] = redraws[id(picked)][count]
+        return count
+
+    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(decoding, "accepted", accepted)
+
+
+def accepts_any_likely_draft(patch: Patch) -> None:
+    """A draft is accepted where the target gives it a twentieth: "typical" acceptance, which changes the law."""
+    real_targets, real_accepted = decoding._pick_targets, decoding.accepted
+    likely: dict[int, list[list[bool]]] = {}
+
+    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+        tokens, logprobs = real_targets(logits, requests, how)
+        rows = (logits.softmax(-1) > 0.05).tolist()
+        likely.update({id(row): allowed for row, allowed in zip(tokens, rows, strict=True)})
+        return tokens, logprobs
+
+    def accepted(drafts: list[int], picked: list[int]) -> int:
+        for k, draft in enumerate(drafts):
+            if likely[id(picked)][k][draft]:
+                picked[k] = draft
+        return real_accepted(drafts, picked)
+
+    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(decoding, "accepted", accepted)
+
+
+def noise_shared_by_a_batch(patch: Patch) -> None:
+    real = decoding.pick
+    patch.setattr(decoding, "pick", lambda logits, positions, seeds, how: real(logits, positions, seeds * 0, how))
+
+
+def noise_without_a_position(patch: Patch) -> None:
+    """Each request draws its noise once: every token has the right law, the joint has not."""
+    real = decoding.pick
+    patch.setattr(decoding, "pick", lambda logits, positions, seeds, how: real(logits, positions * 0, seeds, how))
+
+
+BUGS: list[tuple[Callable[[Patch], None], Check]] = [
+    (shifted(1), losses),
+    (shifted(-1), losses),
+    (leaks_over_documents, losses),
+    (document_of_the_label_before, losses),
+    (mask_of_the_position, losses),
+    (one_count_for_all_heads, losses),
+    (masked_positions_counted, losses),
+    (bidirectional, no_head_peeks),
+    (one_rejected_draft_stays, cache_holds),
+    (one_rejected_draft_stays, speculative),
+    (one_rejected_draft_stays, greedy),
+    (all_rows_roll_back_to_the_longest, cache_holds),
+    (all_rows_roll_back_to_the_longest, speculative),
+    (rows_mixed_up, cache_holds),
+    (rotary_off_by_one_in_a_block, cache_holds),
+    (rotary_off_by_one_in_a_block, logprobs),
+    (noise_off_by_one_in_a_block, speculative),
+    (noise_off_by_one_in_a_block, law),
+    (bonus_from_the_position_before, speculative),
+    (bonus_from_the_position_before, law_of_one_draft),
+    (drafts_logprob_returned, logprobs),
+    (logprobs_after_temperature_and_filters, logprobs),
+    (soft_at_temperature_zero, greedy),
+    (accepts_everything, speculative),
+    (accepts_everything, greedy),
+    (accepts_everything, law),
+    (accepts_then_redraws, speculative),
+    (accepts_then_redraws, law),
+    (accepts_any_likely_draft, speculative),
+    (accepts_any_likely_draft, law),
+    (noise_shared_by_a_batch, law),
+    (noise_without_a_position, law),
+]
+NAMES = [f"{bug.__qualname__.split('.')[0]}-{check.__name__}" for bug, check in BUGS]
+
+
+@pytest.mark.parametrize("check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, law, law_of_one_draft])
+def test_holds_without_a_bug(check: Check) -> None:
+    check()
+
+
+@pytest.mark.parametrize(("bug", "check"), BUGS, ids=NAMES)
+def test_bug_is_caught(bug: Callable[[Patch], None], check: Check, monkeypatch: Patch) -> None:
+    bug(monkeypatch)
+    with pytest.raises(Violation):
+        check()
+
+
+def test_fewer_tokens_cannot_show_the_bonus_bug(monkeypatch: Patch) -> None:
+    """Why the law is checked on the joint of more tokens than one block drafts: this is what it would miss."""
+    bonus_from_the_position_before(monkeypatch)
+    sampling_law(LAW, [1, 2, 3], 1, SOFT, 2500, length=2)
+    with pytest.raises(Violation):
+        sampling_law(LAW, [1, 2, 3], 1, SOFT, 2500, length=3)
+
+
+def test_a_stale_stepper_would_show(monkeypatch: Patch) -> None:
+    """If the decoding form copied the weights, training on would leave it behind."""
+    model = tiny_model(n_future=2)
+    monkeypatch.setattr(type(model.stepper()), "current", lambda *_: True)
+    cached_is_full(model, [("write", [2])])
+    model.heads[0].mlp.up_proj.weight.data = model.heads[0].mlp.up_proj.weight.data * 1.5
+    with pytest.raises(Violation):
+        cached_is_full(model, [("write", [2])])
