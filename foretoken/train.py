@@ -149,10 +149,10 @@ def _update(
             meter.add(output, counts, part.document_ids)
     for depth, value in enumerate(meter.sums["loss"].tolist()):
         if not math.isfinite(value):
-            raise TrainingError(f"step {step}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
+            raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
     if not math.isfinite(norm):
-        raise TrainingError(f"step {step}: the gradient's norm is {norm}; {_what_is_left(run)}")
+        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}; {_what_is_left(run)}")
     for optimizer in optimizers:
         optimizer.step()
     return norm

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from small_runs import write_corpus
 
 from foretoken import decode as decoding
 from foretoken.config import ModelConfig
@@ -15,14 +17,14 @@ from foretoken.model import Model
 from foretoken.sampling import Sampling
 
 torch.set_num_threads(1)
-settings.register_profile("tests", deadline=None, max_examples=30)
+settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
 def tiny_config(
-    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2, vocab: int = 17,
-    **fields: object,
-) -> ModelConfig:
+    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2,
+    vocab: int = 17, **fields: object,
+) -> ModelConfig:  # fmt: skip
     return ModelConfig.model_validate(
         {
             "architecture": architecture,
@@ -37,13 +39,13 @@ def tiny_config(
             "n_future": n_future,
             **fields,
         }
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def tiny_model(
-    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2, vocab: int = 17,
-    dtype: torch.dtype = torch.float64, seed: int = 0, peaked: bool = True, **fields: object,
+    architecture: str = "llama", n_future: int = 4, layers: int = 3, width: int = 32, kv_heads: int = 2,
+    vocab: int = 17, dtype: torch.dtype = torch.float64, seed: int = 0, peaked: bool = True, **fields: object,
 ) -> Model:  # fmt: skip
     """A model whose norms and biases are random too; `peaked` weights make confident, context-dependent choices."""
     model = Model(tiny_config(architecture, n_future, layers, width, kv_heads, vocab, **fields)).to(dtype)
@@ -100,3 +102,9 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         monkeypatch.setattr(decoding, "_pick_drafts", drafts)
 
     return install
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small files in `text` and a place for their tokens."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

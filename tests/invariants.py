@@ -178,7 +178,9 @@ def speculative_is_plain(
 
 def counts_add_up(request: Request, drafts: int) -> None:
     """Prefill gives one token, each step what it accepted and one more, less what the end cut off the last."""
-    require(len(request.ids) == 1 + sum(step.committed for step in request.steps), "tokens emitted are not those counted")
+    require(
+        len(request.ids) == 1 + sum(step.committed for step in request.steps), "tokens emitted are not those counted"
+    )
     require(len(request.logprobs) == len(request.ids), "a token has no log-probability")
     for step in request.steps:
         require(len(step.drafted) == drafts, f"{len(step.drafted)} drafts instead of {drafts}")

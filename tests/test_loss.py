@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import Batch, close, loss_is_oracle, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +99,7 @@ def test_random_batches_reach_the_corners() -> None:
     assert sum(bool((random_batch(seed).document_ids == -1).any()) for seed in range(200)) > 50
 
 
+@settings(max_examples=25)
 @given(BATCHES, st.booleans(), st.integers(0, 10))
 def test_sequential_backward_equals_oracle(batch: Batch, tied: bool, seed: int) -> None:
     n, T = batch.n, batch.hidden[0].size(1)

@@ -58,9 +58,7 @@ SELECT = st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, ma
 @given(st.sampled_from(ARCHITECTURES), st.lists(WRITE | BACK | SELECT, min_size=2, max_size=9), st.integers(0, 99))
 @example("llama", [("write", [3]), ("back", [0, 3, 1]), ("write", [2]), ("back", [1, 0, 4]), ("write", [1])], 0)
 @example("qwen3", [("write", [4]), ("back", [1, 2, 0]), ("select", [2, 0]), ("write", [2]), ("write", [1])], 1)
-def test_cached_stepping_equals_full_forward(
-    architecture: str, moves: list[tuple[str, list[int]]], seed: int
-) -> None:
+def test_cached_stepping_equals_full_forward(architecture: str, moves: list[tuple[str, list[int]]], seed: int) -> None:
     pruned, rows = [], 3
     for kind, numbers in moves:  # a selection names rows that are left, each once
         if kind == "select":

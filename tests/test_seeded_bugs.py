@@ -22,7 +22,7 @@ from invariants import (
     sampling_law,
     speculative_is_plain,
 )
-from test_decode import LAW, PROMPTS, VAGUE
+from test_decode import CONFIDENT, LAW, PROMPTS, VAGUE
 from torch import Tensor
 
 from foretoken import decode as decoding
@@ -56,8 +56,8 @@ def speculative() -> None:
 
 
 def greedy() -> None:
-    for request in run(VAGUE, PROMPTS, 3):
-        greedy_is_argmax(VAGUE, request)
+    for request in run(CONFIDENT, PROMPTS, 3):
+        greedy_is_argmax(CONFIDENT, request)
 
 
 def logprobs() -> None:
@@ -343,7 +343,9 @@ BUGS: list[tuple[Callable[[Patch], None], Check]] = [
 NAMES = [f"{bug.__qualname__.split('.')[0]}-{check.__name__}" for bug, check in BUGS]
 
 
-@pytest.mark.parametrize("check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, law, law_of_one_draft])
+@pytest.mark.parametrize(
+    "check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, law, law_of_one_draft]
+)
 def test_holds_without_a_bug(check: Check) -> None:
     check()
 
