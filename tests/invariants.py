@@ -15,7 +15,7 @@ from torch import Tensor
 from foretoken import loss
 from foretoken.decode import Request
 from foretoken.model import Model
-from foretoken.sampling import Sampling
+from foretoken.sampling import Sampling, pick
 
 ALPHA = 1e-4  # of every statistical check; their seeds are fixed
 
@@ -68,7 +68,8 @@ def random_batch(
     document_ids = breaks.long().cumsum(1)
     padding = int(torch.randint(0, T // 2 + 1, (), generator=g))
     if padding:
-        document_ids[int(torch.randint(0, rows, (), generator=g)), T - padding :] = -1
+        side = slice(T - padding, T) if torch.rand((), generator=g) < 0.5 else slice(0, padding)
+        document_ids[int(torch.randint(0, rows, (), generator=g)), side] = -1
     label_mask = torch.rand(rows, T, generator=g) < 0.8
     if torch.rand((), generator=g) < 1 / 6:
         document_ids = torch.arange(T).expand(rows, T).clone()  # no document has a second token
@@ -213,6 +214,24 @@ def greedy_is_argmax(model: Model, request: Request, tolerance: float = 1e-9) ->
     logits = target_logits(model, request)
     behind = logits.amax(-1) - logits.gather(-1, torch.tensor(request.ids)[:, None])[:, 0]
     require(float(behind.max()) <= tolerance, f"a token's logit lies {float(behind.max()):.3g} below the highest")
+
+
+@torch.no_grad()
+def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling) -> None:
+    """Each step's drafts are what heads 2, 3, .. pick, teacher-forced, where head 1 picked the newest token.
+
+    A wrong draft costs speed and changes no output, so no other check would see it.
+    """
+    sequence = torch.tensor([request.prompt + request.ids])
+    logits = [model.logits(hidden)[0] for hidden in model(sequence)]
+    committed = 1
+    for step in request.steps:
+        newest = len(request.prompt) + committed - 1
+        for k, draft in enumerate(step.drafted):
+            position = torch.tensor(newest + 1 + k)
+            wanted = pick(logits[k + 1][newest - 1], position, torch.tensor(request.seed), sampling).item()
+            require(draft == wanted, f"head {k + 2} drafted {draft} for position {int(position)}, not {wanted}")
+        committed += step.committed
 
 
 # Laws

@@ -1,13 +1,17 @@
-"""A program for test_train.py: training runs in processes that are killed, forked so that torch is imported once.
+"""A program for test_train.py: training runs in processes that get signals, forked so that torch is imported once.
 
-changes CORPUS FOLDER OVERRIDES: one run after another in FOLDER/run-1, run-2, ...; the i-th kills itself before its
-    i-th change of the folder; ends after the first that lives, and prints how many were killed.
-moments CORPUS FOLDER OVERRIDES: one run in FOLDER/run, killed at six moments and resumed after each.
+    killed_runs.py CORPUS FOLDER
+
+FOLDER/changes/1, 2, ...: runs of which the i-th is killed when it is about to change its folder for the i-th time.
+FOLDER/moments/run: a run killed at six moments and resumed after each.
+FOLDER/signals/SIGINT, SIGTERM: `foretoken train` with this signal; what it prints is in out-SIGINT, errors-SIGINT.
+Prints a JSON object: how many were killed in `changes` and `moments`, the exit codes in `signals`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -17,24 +21,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_runs import check_loads, finish, recipe
+import torch._dynamo  # every optimizer imports it, which takes longer than a whole run here
+from small_runs import check_loads, finish, lines, overrides, recipe
 
-from foretoken.config import Recipe
+from foretoken import cli
+
+CHANGES = ("train.steps=2", "train.save_every=1", "train.log_every=1")
+MOMENTS = ("train.steps=60", "train.save_every=1", "train.log_every=3", "train.keep_checkpoints=2")
+SIGNALS = ("train.steps=60", "train.save_every=1000", "train.log_every=1")
 
 
-def main(mode: str, corpus: str, folder: str, *more: str) -> None:
+def main(corpus: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    kill = {"changes": kill_at_changes, "moments": kill_at_moments}[mode]
-    print(kill(recipe(Path(corpus), *more), Path(folder)))
+    for name in ("changes", "moments", "signals"):
+        (folder / name).mkdir()
+    result = {
+        "changes": kill_at_changes(corpus, folder / "changes"),
+        "moments": kill_at_moments(corpus, folder / "moments" / "run"),
+        "signals": [send(corpus, folder / "signals", number) for number in (signal.SIGINT, signal.SIGTERM)],
+    }
+    print(json.dumps(result))
 
 
-def kill_at_changes(wanted: Recipe, folder: Path) -> int:
+def kill_at_changes(corpus: Path, folder: Path) -> int:
     for change in itertools.count(1):
-        run = folder / f"run-{change}"
+        run = folder / str(change)
 
         def work(run: Path = run, change: int = change) -> None:
-            kill_before(change, run.name)
-            finish(wanted, run)
+            kill_before(change, f"{run}")
+            finish(recipe(corpus, *CHANGES), run)
 
         _, status = os.waitpid(forked(work), 0)
         if os.WIFEXITED(status):
@@ -43,27 +58,29 @@ def kill_at_changes(wanted: Recipe, folder: Path) -> int:
     raise AssertionError
 
 
-def kill_before(change: int, name: str) -> None:
-    """SIGKILL this process when it is about to make its `change`-th change of what has `name` in its path."""
+def kill_before(change: int, folder: str) -> None:
+    """SIGKILL this process when it is about to make its `change`-th change in `folder`.
+
+    Where a name is relative to an open directory, as in rmtree, it is taken as lying in `folder`.
+    """
     seen = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") and name in str(arguments[0]):
-            seen += 1
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            name = str(arguments[0])
+            seen += name.startswith(folder) or "/" not in name
             if seen == change:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def kill_at_moments(wanted: Recipe, folder: Path, kills: int = 6) -> int:
-    run, moments = folder / "run", random.Random(0)
+def kill_at_moments(corpus: Path, run: Path) -> int:
+    moments, kills = random.Random(0), 6
     for _ in range(kills):
-        begun = lines(run)
-        child = forked(lambda: finish(wanted, run))
-        while lines(run) <= begun:
-            time.sleep(0.005)
+        child = forked(lambda: finish(recipe(corpus, *MOMENTS), run))
+        wait_for_a_record(run)
         time.sleep(moments.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -72,22 +89,46 @@ def kill_at_moments(wanted: Recipe, folder: Path, kills: int = 6) -> int:
     return kills
 
 
-def lines(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+def send(corpus: Path, folder: Path, number: signal.Signals) -> int:
+    """The exit code of `foretoken train` after the signal."""
+    run = folder / number.name
+    sets = [word for override in overrides(corpus, *SIGNALS) for word in ("--set", override)]
+
+    def work() -> None:
+        for stream, name in ((1, "out"), (2, "errors")):
+            os.dup2(os.open(folder / f"{name}-{number.name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ["foretoken", "train", "tiny", "--out", str(run), *sets]
+        cli.main()
+
+    child = forked(work)
+    wait_for_a_record(run)
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for_a_record(run: Path) -> None:
+    begun, end = lines(run), time.monotonic() + 60
+    while lines(run) <= begun:
+        assert time.monotonic() < end, f"{run} does not go on"
+        time.sleep(0.005)
 
 
 def forked(work: Callable[[], object]) -> int:
     """Process id of a child that does `work`."""
     pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

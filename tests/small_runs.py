@@ -84,3 +84,9 @@ def check_loads(run: Path) -> None:
     except CheckpointError:
         assert not step_checkpoints(run)
         assert not (run / "config.json").exists()
+
+
+def lines(run: Path) -> int:
+    """Records in the run's metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -10,6 +10,7 @@ import torch
 from conftest import Oracle, run, tiny_model
 from invariants import (
     counts_add_up,
+    drafts_are_the_heads,
     greedy_is_argmax,
     logprobs_are_targets,
     same_output,
@@ -64,6 +65,7 @@ def test_speculative_equals_plain(drafts: int, sampling: Sampling) -> None:
         for prompts in ([PROMPTS[1]], PROMPTS):
             for request in speculative_is_plain(model, prompts, drafts, sampling, (24, 1, 17)):
                 logprobs_are_targets(model, request)
+                drafts_are_the_heads(model, request, sampling)
                 if sampling.temperature == 0:
                     greedy_is_argmax(model, request)
                 accepted += sum(step.accepted for step in request.steps)
@@ -303,11 +305,12 @@ def test_stop_strings_cut_as_if_token_by_token(oracle_text: tuple[str, Generatio
 
 def test_the_first_of_several_stops_ends(oracle_text: tuple[str, Generation]) -> None:
     prompt, plain = oracle_text
-    stops = (plain.text[20:22], "never to be seen", plain.text[9:12])
+    stops = (plain.text[20:22], "never to be seen", plain.text[10:12], plain.text[9:12])  # two end together
     found = generate(TEXT, BYTES, prompt, max_tokens=30, stop=stops)
     end = first_end(plain.text, stops)
     assert found.ids == plain.ids[:end]
     assert found.text == plain.text[: min(plain.text.find(s) for s in stops if s in plain.text[:end])]
+    assert (found.ids, found.text) == (plain.ids[:12], plain.text[:9])
     same = generate(TEXT, BYTES, prompt, max_tokens=30, stop="never to be seen")
     assert (same.text, same.finish_reason) == (plain.text, "length")
 
@@ -342,6 +345,19 @@ def test_stream_joins_to_the_text(drafts: int, temperature: float) -> None:
         assert "".join(pieces) == done.text == BYTES.decode(done.ids)
         assert len(pieces) == 1 + len(done.steps)
         assert done == generate(TEXT, BYTES, "some text", **options)
+
+
+def test_a_character_cut_by_the_limit_is_marked() -> None:
+    model = text_model()
+    plain = generate(model, BYTES, "hello", max_tokens=30, drafts=0)
+    at = next(i for i, token in enumerate(plain.ids) if i >= 5 and token not in plain.ids[:i])
+    with torch.no_grad():  # the first byte of a character of two takes that token's place
+        model.lm_head.weight[0xC3] = 1.5 * model.lm_head.weight[plain.ids[at]]
+    for drafts in (0, 3):
+        found = generate(model, BYTES, "hello", max_tokens=at + 1, drafts=drafts)
+        assert (found.ids, found.text) == ([*plain.ids[:at], 0xC3], plain.text[:at] + "\ufffd")
+        pieces = [piece for piece, _ in stream(model, BYTES, "hello", max_tokens=at + 1, drafts=drafts)]
+        assert "".join(pieces) == found.text
 
 
 def test_stream_holds_back_what_may_become_a_stop(oracle_text: tuple[str, Generation]) -> None:

@@ -61,6 +61,11 @@ def test_targets_leave_out_padding_and_masked_labels() -> None:
         [[11, 12, 13, X, X]],
         [[12, 13, X, X, X]],
     ]
+    left = torch.tensor([[-1, -1, 0, 0, 0, 1, 1]])
+    assert targets(tokens, left, mask, 2, across_documents=True).tolist() == [
+        [[X, X, 13, 14, 15]],
+        [[X, X, 14, 15, 16]],
+    ]
     # A prompt (10 11 12) is read but not learned: the mask is of the label, not of the position that predicts it.
     prompt = torch.tensor([[False, False, False, True, True, True, True]])
     assert targets(tokens, torch.zeros_like(tokens), prompt, 2).tolist() == [

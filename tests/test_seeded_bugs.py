@@ -14,6 +14,7 @@ from conftest import run, tiny_model
 from invariants import (
     Violation,
     cached_is_full,
+    drafts_are_the_heads,
     greedy_is_argmax,
     logprobs_are_targets,
     loss_is_oracle,
@@ -63,6 +64,11 @@ def greedy() -> None:
 def logprobs() -> None:
     for request in run(VAGUE, PROMPTS, 3, SOFT):
         logprobs_are_targets(VAGUE, request)
+
+
+def drafting() -> None:
+    for request in run(VAGUE, PROMPTS, 3, SOFT):
+        drafts_are_the_heads(VAGUE, request, SOFT)
 
 
 def law() -> None:
@@ -295,6 +301,24 @@ def accepts_any_likely_draft(patch: Patch) -> None:
     patch.setattr(decoding, "accepted", accepted)
 
 
+def drafts_of_another_row(patch: Patch) -> None:
+    real = decoding._pick_drafts
+
+    def pick_drafts(stepper: Any, hidden: Tensor, *rest: Any) -> Any:
+        return real(stepper, hidden.roll(1, 1), *rest)
+
+    patch.setattr(decoding, "_pick_drafts", pick_drafts)
+
+
+def drafts_from_the_first_position(patch: Patch) -> None:
+    real = decoding._pick_drafts
+
+    def pick_drafts(stepper: Any, hidden: Tensor, counts: Sequence[int], *rest: Any) -> Any:
+        return real(stepper, hidden, [0] * len(counts), *rest)
+
+    patch.setattr(decoding, "_pick_drafts", pick_drafts)
+
+
 def noise_shared_by_a_batch(patch: Patch) -> None:
     real = decoding.pick
     patch.setattr(decoding, "pick", lambda logits, positions, seeds, how: real(logits, positions, seeds * 0, how))
@@ -337,6 +361,8 @@ BUGS: list[tuple[Callable[[Patch], None], Check]] = [
     (accepts_then_redraws, law),
     (accepts_any_likely_draft, speculative),
     (accepts_any_likely_draft, law),
+    (drafts_of_another_row, drafting),
+    (drafts_from_the_first_position, drafting),
     (noise_shared_by_a_batch, law),
     (noise_without_a_position, law),
 ]
@@ -344,7 +370,7 @@ NAMES = [f"{bug.__qualname__.split('.')[0]}-{check.__name__}" for bug, check in 
 
 
 @pytest.mark.parametrize(
-    "check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, law, law_of_one_draft]
+    "check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, drafting, law, law_of_one_draft]
 )
 def test_holds_without_a_bug(check: Check) -> None:
     check()

@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import killed_runs
 import pytest
 import torch
 from conftest import tiny_model
@@ -22,7 +23,6 @@ from small_runs import (
     close_weights,
     content,
     finish,
-    overrides,
     recipe,
     records,
     same_weights,
@@ -83,7 +83,7 @@ def stopped(corpus: Path, run: Path, after: int, *more: str) -> None:
 # It learns.
 
 
-@pytest.mark.parametrize("more", [(), MUON, ("loss.method=sequential",), ("model.n_future=1",)])
+@pytest.mark.parametrize("more", [(), MUON, ("model.n_future=1",)])
 def test_loss_of_every_head_goes_down(corpus: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     train(recipe(corpus, "train.steps=60", *more), tmp_path / "run")
     first, last = (r for r in records(tmp_path / "run") if r["kind"] == "train" and r["step"] in (10, 60))
@@ -152,8 +152,8 @@ def test_micro_batches_train_the_same_model(corpus: Path, tmp_path: Path, more: 
 
 @pytest.mark.parametrize("option", ["train.attention_across_documents=false", "loss.targets_across_documents=true"])
 def test_document_options_change_what_is_learned(corpus: Path, tmp_path: Path, option: str) -> None:
-    train(recipe(corpus, "train.steps=2"), tmp_path / "a")
-    train(recipe(corpus, "train.steps=2", option), tmp_path / "b")
+    train(recipe(corpus, "train.steps=4"), tmp_path / "a")
+    train(recipe(corpus, "train.steps=4", option), tmp_path / "b")
     assert not same_weights(tmp_path / "a", tmp_path / "b")
 
 
@@ -191,78 +191,60 @@ def test_second_interrupt_ends_at_once(corpus: Path, tmp_path: Path) -> None:
     assert [path.name for path in step_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_the_command_saves_and_exits_130(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
-    more = ("train.steps=60", "train.log_every=1", "train.save_every=1000")
-    run = tmp_path / "run"
-    sets = [word for override in overrides(corpus, *more) for word in ("--set", override)]
-    command = [
-        sys.executable,
-        "-c",
-        "from foretoken.cli import main; main()",
-        "train",
-        "tiny",
-        "--out",
-        str(run),
-        *sets,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2)
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "--resume" in out
-    (saved,) = step_checkpoints(run)
-    assert len(records(run)) == int(saved.name.removeprefix("checkpoint-")) < 60
-    assert finish(recipe(corpus, *more), run).finished
-    train(recipe(corpus, *more), tmp_path / "whole")
-    assert same_weights(tmp_path / "whole", run)
-    assert records(tmp_path / "whole") == records(run)
+# Killed at any moment: see killed_runs.py.
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-# Killed at any moment.
-
-
-def killed(corpus: Path, folder: Path, mode: str, *more: str) -> int:
-    """Runs in `folder` that killed_runs.py kills; returns how many."""
+@pytest.fixture(scope="module")
+def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of the runs that got signals, and what killed_runs.py says of them."""
+    folder = tmp_path_factory.mktemp("killed")
     program = Path(__file__).with_name("killed_runs.py")
-    command = [sys.executable, str(program), mode, str(corpus), str(folder), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, program, corpus, folder], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_killed_before_any_change_of_the_folder(corpus: Path, tmp_path: Path) -> None:
-    """Two steps with a checkpoint between, in as many runs as they make renames, folders and removals."""
-    more = ("train.steps=2", "train.save_every=1", "train.log_every=1")
-    train(recipe(corpus, *more), tmp_path / "whole")
-    count = killed(corpus, tmp_path, "changes", *more)
-    assert count > 15, "these changes were not seen"
-    for change in range(1, count + 1):
-        run = tmp_path / f"run-{change}"
+def ends_like_the_whole(corpus: Path, runs: list[Path], more: tuple[str, ...], whole: Path) -> None:
+    train(recipe(corpus, *more), whole)
+    for run in runs:
         check_loads(run)
         if not (run / "config.json").exists():
-            finish(recipe(corpus, *more), run)
-        assert same_weights(tmp_path / "whole", run)
-        assert records(tmp_path / "whole") == records(run)
+            assert finish(recipe(corpus, *more), run).finished
+        assert same_weights(whole, run), run
+        assert records(whole) == records(run), run
 
 
-def test_killed_at_random_moments(corpus: Path, tmp_path: Path) -> None:
-    more = ("train.steps=60", "train.save_every=1", "train.log_every=3", "train.keep_checkpoints=2")
-    assert killed(corpus, tmp_path, "moments", *more) == 6
-    finish(recipe(corpus, *more), tmp_path / "run")
-    train(recipe(corpus, *more), tmp_path / "whole")
-    assert same_weights(tmp_path / "whole", tmp_path / "run")
-    assert records(tmp_path / "whole") == records(tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".*"))
+def test_killed_before_any_change_of_the_folder(
+    corpus: Path, tmp_path: Path, killed: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, result = killed
+    assert result["changes"] > 25, "two checkpoints and a removal change more than this"
+    runs = [folder / "changes" / str(i + 1) for i in range(result["changes"])]
+    ends_like_the_whole(corpus, runs, killed_runs.CHANGES, tmp_path / "whole")
+
+
+def test_killed_at_random_moments(corpus: Path, tmp_path: Path, killed: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = killed
+    assert result["moments"] == 6
+    ends_like_the_whole(corpus, [folder / "moments" / "run"], killed_runs.MOMENTS, tmp_path / "whole")
+    assert not list((folder / "moments" / "run").glob(".*")), "what kills left is cleared away"
+
+
+def test_signal_to_the_command_saves_and_exits_130(
+    corpus: Path, tmp_path: Path, killed: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, result = killed
+    assert result["signals"] == [130, 130]
+    runs = [folder / "signals" / name for name in ("SIGINT", "SIGTERM")]
+    for run in runs:
+        (saved,) = step_checkpoints(run)
+        steps = int(saved.name.removeprefix("checkpoint-"))
+        assert 0 < steps < 60
+        assert len(records(run)) == steps, "the step it was in is finished and recorded"
+        out, errors = ((run.parent / f"{name}-{run.name}").read_text() for name in ("out", "errors"))
+        assert out == f"Stopped at step {steps}, saved as {saved}; --resume goes on from there\n"
+        assert "Traceback" not in errors
+    ends_like_the_whole(corpus, runs, killed_runs.SIGNALS, tmp_path / "whole")
 
 
 # What goes wrong is said, and nothing that was saved is touched.
@@ -352,7 +334,7 @@ def test_folders_that_cannot_be_the_runs(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("option", "where"), [("train.seq_len=4000", "train"), ("train.seq_len=400", "validation")])
+@pytest.mark.parametrize(("option", "where"), [("train.seq_len=4000", "train"), ("train.seq_len=600", "validation")])
 def test_corpus_shorter_than_a_window_is_found_before_training(
     corpus: Path, tmp_path: Path, option: str, where: str
 ) -> None:
