@@ -56,7 +56,7 @@ class LossOutput:
     """What one pass over the logits gives.
 
     total: scalar with a gradient (already backpropagated in the sequential form). sums (n,) float64: each head's summed
-    cross-entropy in nats. correct (n,): targets that were the head's first choice. predictions (n, B, T): first choices.
+    cross-entropy in nats. correct (n,): targets that are the head's first choice. predictions (n, B, T): first choices.
     """
 
     total: Tensor
@@ -110,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' memory
                     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-                    grad = (grad * (valid * scales[d]).to(wide)[:, None]).to(weight.dtype)
+                    grad = grad.mul_((valid * scales[d]).to(wide)[:, None]).to(weight.dtype)
                     grad_hidden[d][part] = grad @ weight  # type: ignore[index]
                     grad_weight += grad.T @ states[part]
         ctx.save_for_backward(grad_weight, *grad_hidden)

@@ -23,12 +23,9 @@ def fenced(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    found = []
-    for page in PAGES:
-        for line in page.read_text(encoding="utf-8").splitlines():
-            if shown := re.match(r"(?:    |\$ )(foretoken [a-z].*)", line):
-                found.append(shown.group(1).partition(" # ")[0].strip())
-    return list(dict.fromkeys(found))
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    shown = [match.group(1) for line in lines if (match := re.match(r"(?:    |\$ )(foretoken [a-z].*)", line))]
+    return list(dict.fromkeys(command.partition(" # ")[0].strip() for command in shown))
 
 
 @pytest.fixture(scope="module")
