@@ -27,12 +27,12 @@ Dtype = Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 
 
-@app.command(epilog="Example: foretoken demo --minutes 2 --width 128")
+@app.command(epilog="Example: foretoken demo --minutes 12 --width 192 --layers 10")
 def demo(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
     n_future: Annotated[int, typer.Option(help="Tokens predicted at each position; 1 is an ordinary model.")] = 4,
-    width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 192,
-    layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 10,
+    width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 128,
+    layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 8,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.")] = 24,
     max_tokens: Annotated[int, typer.Option(help="Tokens to decode per prompt.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 import statistics
 import tempfile
@@ -34,7 +35,7 @@ from foretoken.tokenizer import Tokenizer
 from foretoken.train import TrainResult, train
 
 PROMPT_BYTES = 128
-EVALUATED_BYTES = 100_000
+EVALUATED_BYTES = 200_000
 SAMPLED_TEMPERATURE = 0.8
 RESULT = "demo.json"
 
@@ -68,8 +69,10 @@ def run_demo(
     trained, records = _train(display, out, recipe, minutes)
     model, tokenizer = load_checkpoint(out, "float32")
     documents = list(evaluation_documents(out))
+    random.Random(0).shuffle(documents)  # in order, the first bytes would be those of a few neighbouring files
     display.say("Scoring held-out files ...")
-    scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES).to_json()
+    progress = display.count("held-out tokens scored")
+    scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
     prompts = held_out_prompts([document.text for document in documents], prompt_count)
     compared = {t: compare(model, tokenizer, prompts, t, max_tokens, seed, display) for t in (0.0, SAMPLED_TEMPERATURE)}
     greedy, sampled = compared[0.0], compared[SAMPLED_TEMPERATURE]
@@ -208,7 +211,7 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
 def _recipe(n_future: int, width: int, layers: int, seed: int) -> Recipe:
     if width % 64 or width < 64:
         raise ConfigError(f"--width {width}: must be a multiple of 64")
-    shape = [f"model.n_future={n_future}", f"model.hidden_size={width}", f"model.num_attention_heads={width // 64}"]
+    shape = [f"model.n_future={n_future}", f"model.hidden_size={width}", f"model.num_attention_heads={width // 32}"]
     return load_recipe("demo", (*shape, f"model.num_hidden_layers={layers}", f"train.seed={seed}"))
 
 
