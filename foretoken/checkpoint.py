@@ -70,7 +70,7 @@ def save_checkpoint(
         files = _write(staging, model, tokenizer)
         if optimizers:
             files |= _write_train_state(staging, model, optimizers, unlogged or {})
-        _write_provenance(staging, provenance or Provenance(), files)
+        _write_provenance(staging, provenance or Provenance(), files, tokenizer)
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
                 shutil.rmtree(target / folder, ignore_errors=True)
@@ -104,7 +104,7 @@ def _write(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, str]:
     return files
 
 
-def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, str]) -> None:
+def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, str], tokenizer: Tokenizer) -> None:
     _write_json(
         folder / "foretoken.json",
         {
@@ -115,6 +115,7 @@ def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, 
             "recipe": provenance.recipe,
             "data_fingerprint": provenance.data_fingerprint,
             "metrics": provenance.metrics,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
             "sha256": files,
         },
     )
@@ -131,11 +132,13 @@ def load_checkpoint(
     folder = find_checkpoint(directory)
     model = load_model(folder, dtype, device)
     tokenizer = load_tokenizer(folder)
-    own, size = (folder / "foretoken.json").exists(), model.config.vocab_size
-    if tokenizer.vocab_size > size or (own and tokenizer.vocab_size != size):
-        raise CheckpointError(
-            f"{folder}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}; they must be of one run"
-        )
+    size = model.config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}")
+    path = folder / "foretoken.json"
+    recorded = read_json(path).get("tokenizer_fingerprint") if path.exists() else None
+    if recorded not in (None, tokenizer.fingerprint):
+        raise CheckpointError(f"{folder}/tokenizer.json: is not the tokenizer that this model was saved with")
     return model, tokenizer
 
 
@@ -169,6 +172,8 @@ def recorded_recipe(directory: str | Path) -> dict[str, Any] | None:
     """The recipe that foretoken.json records, None for a checkpoint that another program made."""
     path = find_checkpoint(directory) / "foretoken.json"
     recipe: dict[str, Any] | None = read_json(path).get("recipe") if path.exists() else None
+    if recipe is not None and not (isinstance(recipe, dict) and isinstance(recipe.get("data"), dict)):
+        raise CheckpointError(f"{path}: 'recipe' must be an object with a section 'data'")
     return recipe
 
 

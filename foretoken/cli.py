@@ -6,6 +6,7 @@ and errors to standard error. A user's mistake is one line and exit code 2.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def train(
     from foretoken.train import train as run
 
     resolved = load_recipe(recipe, tuple(overrides or ()))
-    folder = out or Path("runs") / Path(recipe).stem
+    folder = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
     with Display(quiet_text=as_json) as display:
         result = run(resolved, folder, resume=resume, report=display.record)
     if as_json:
@@ -132,7 +133,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, stdlib, hf:NAME.")] = None,
     split: Annotated[str | None, typer.Option(help="all, train or validation part of DATA.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
+    text_field: Annotated[str | None, typer.Option(help="Field of a record's text. Default: text.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="Field of a prompt, which is not scored.")] = None,
     response_field: Annotated[str | None, typer.Option(help="Field of the response to that prompt.")] = None,
     domain_field: Annotated[str | None, typer.Option(help="Field that names a record's domain.")] = None,
@@ -155,7 +156,8 @@ def evaluate(
         "text_field": text_field, "prompt_field": prompt_field, "response_field": response_field,
         "domain_field": domain_field, "split_field": split_field,
     }  # fmt: skip
-    documents = evaluation_documents(checkpoint, tuple(data or ()), split, fields)
+    given = {name: value for name, value in fields.items() if value is not None}
+    documents = evaluation_documents(checkpoint, tuple(data or ()), split, given)
     model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
     with Display(quiet_text=as_json) as display:
         result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("tokens evaluated"))
@@ -184,7 +186,7 @@ def train_tokenizer(
     from foretoken.config import DataConfig, validated
     from foretoken.data import documents
     from foretoken.display import Display
-    from foretoken.errors import ConfigError
+    from foretoken.errors import ConfigError, DataError
     from foretoken.tokenizer import train_bpe
 
     if (out / "tokenizer.json").exists():
@@ -192,7 +194,10 @@ def train_tokenizer(
     config = validated(DataConfig, {"source": data, "text_field": text_field}, "options")
     with Display(quiet_text=as_json) as display:
         read = display.counted(documents(config, config.source), "documents read")
-        tokenizer = train_bpe((document.text for document in read), vocab_size)
+        first = next(read, None)
+        if first is None:
+            raise DataError(f"{' '.join(data)}: holds no text to train a tokenizer on")
+        tokenizer = train_bpe((document.text for document in itertools.chain([first], read)), vocab_size)
     tokenizer.save(out)
     values = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size}
     _print_json(values) if as_json else display.table(values)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, overload
-
-from typing_extensions import Unpack
+from typing import Any, TypedDict, Unpack, overload
 
 from foretoken.decode import Request, Step, check_requests, decode
 from foretoken.errors import ConfigError

@@ -10,7 +10,7 @@ import json
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +18,9 @@ from foretoken.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 HeadKind = Literal["parallel"]
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -203,7 +206,7 @@ class OptimConfig(_Section):
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0, description="AdamW's peak learning rate")
     muon_lr: float = Field(default=0.02, gt=0, description="Muon's peak learning rate, for matrices inside blocks")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     warmup_steps: int = Field(default=100, ge=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import shutil
 import statistics
@@ -57,7 +58,7 @@ def run_demo(
     Raises ConfigError for a shape that cannot be and KeyboardInterrupt when training was stopped (it is saved).
     """
     recipe = _recipe(n_future, width, layers, seed)
-    if minutes <= 0 or prompt_count < 1 or max_tokens < 1:
+    if not 0 < minutes < math.inf or prompt_count < 1 or max_tokens < 1:
         raise ConfigError("--minutes, --prompts and --max-tokens must be above 0")
     positions = recipe.train.seq_len
     if PROMPT_BYTES + 1 + max_tokens > positions:
@@ -71,7 +72,7 @@ def run_demo(
     documents = list(evaluation_documents(out))
     random.Random(0).shuffle(documents)  # in order, the first bytes would be those of a few neighbouring files
     display.say("Scoring held-out files ...")
-    progress = display.count("held-out tokens scored")
+    progress = display.count("held-out bytes scored")
     scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
     prompts = held_out_prompts([document.text for document in documents], prompt_count)
     compared = {t: compare(model, tokenizer, prompts, t, max_tokens, seed, display) for t in (0.0, SAMPLED_TEMPERATURE)}
@@ -85,6 +86,8 @@ def run_demo(
         "prompts": len(prompts),
         "train_seconds": trained.seconds,
         "checkpoint": str(out),
+        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --width {width} --layers {layers} "
+        f"--prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
         "sampled": {"temperature": SAMPLED_TEMPERATURE, **sampled.figures()},
         "evaluation": scored,
         "max_tokens": max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,9 +105,9 @@ class Display:
             f"predicted tokens per step {values['predicted_tokens_per_step']:.2f}"
         )
         for name, part in values["domains"].items():
-            first = part["heads"][0]["bits_per_byte"]
-            steps = part["predicted_tokens_per_step"]
-            self.result(f"  {name}: {first:.3f} bits per byte, {steps:.2f} tokens per step")
+            first, steps = part["heads"][0]["bits_per_byte"], part["predicted_tokens_per_step"]
+            shown = "-" if first is None else f"{first:.3f}"  # texts too short to predict anything
+            self.result(f"  {name}: {shown} bits per byte, {steps:.2f} tokens per step")
 
     def trained(self, result: TrainResult) -> None:
         """How training ended."""
@@ -137,11 +138,12 @@ class Display:
     def next_commands(self, result: dict[str, Any]) -> None:
         """What a newcomer may want after the demo."""
         folder = result["checkpoint"]
+        command = "foretoken" if shutil.which("foretoken") else sys.argv[0]
         self.result(
             f"\nThe report with plots: {folder}/report.html\nNext:\n"
-            f'  foretoken generate {folder} "def read(" --max-tokens 200\n'
-            f"  foretoken evaluate {folder}\n"
-            f"  foretoken train demo --out runs/mine --set data.source='[\"my/code\"]' --set train.steps=1000"
+            f'  {command} generate {folder} "def read(" --max-tokens 200\n'
+            f"  {command} evaluate {folder}\n"
+            f"  {command} train demo --out runs/mine --set data.source='[\"my/code\"]' --set train.steps=1000"
         )
 
     def _progress(self, drawn: Callable[[], Any], line: Callable[[], str], last: bool) -> None:

@@ -99,9 +99,10 @@ def evaluation_documents(
     if split not in (None, "all", "train", "validation"):
         raise ConfigError(f"--split {split}: must be all, train or validation")
     recipe = recorded_recipe(checkpoint)
-    trained_on = validated(DataConfig, recipe["data"], "foretoken.json: data") if recipe else None
-    if trained_on and (not sources or (split is None and tuple(sources) == trained_on.source)):
-        config, split = trained_on, split or "validation"
+    trained_on = dict(recipe["data"]) if recipe else None
+    if trained_on and (not sources or (split is None and list(sources) == trained_on.get("source"))):
+        config = validated(DataConfig, trained_on | dict(fields or {}), "foretoken.json and options: data")
+        split = split or "validation"
     elif sources:
         config = validated(DataConfig, {"source": list(sources), **(fields or {})}, "options")
     else:

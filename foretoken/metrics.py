@@ -90,12 +90,16 @@ class MetricsLog:
             rewritten.write_text(kept)
             os.replace(rewritten, self.path)
         self.file = self.path.open("a", encoding="utf-8")
-        self.writers = [report, *_extra_writers(run, recipe)]
+        extra = _extra_writers(run, recipe)
+        self.writers = [report, *(write for write, _ in extra)]
+        self.closers = [close for _, close in extra]
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for close in self.closers:
+            close()
         with suppress(OSError):  # nothing is left to write, but for a record that has failed already
             self.file.close()
 
@@ -128,8 +132,9 @@ def check_extras(config: TrainConfig) -> None:
             raise ConfigError(f"train.{option} needs: pip install 'foretoken[{package}]'")
 
 
-def _extra_writers(run: Path, recipe: Recipe) -> list[Callable[[Record], None]]:
-    writers: list[Callable[[Record], None]] = []
+def _extra_writers(run: Path, recipe: Recipe) -> list[tuple[Callable[[Record], None], Callable[[], None]]]:
+    """What TensorBoard and Weights & Biases need: a function for each record and one for the end."""
+    writers: list[tuple[Callable[[Record], None], Callable[[], None]]] = []
     if recipe.train.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -139,12 +144,12 @@ def _extra_writers(run: Path, recipe: Recipe) -> list[Callable[[Record], None]]:
             for name, value in _flat(record).items():
                 board.add_scalar(name, value, record["step"])
 
-        writers.append(to_tensorboard)
+        writers.append((to_tensorboard, board.close))
     if recipe.train.wandb_project:
         import wandb
 
         session = wandb.init(project=recipe.train.wandb_project, dir=str(run), config=recipe.model_dump(mode="json"))
-        writers.append(lambda record: session.log(_flat(record), step=record["step"]))
+        writers.append((lambda record: session.log(_flat(record), step=record["step"]), session.finish))
     return writers
 
 

@@ -200,10 +200,10 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
     for index in range(-(-min(recipe.train.eval_windows, held_out.windows_per_epoch) // size)):
         batch = _to(held_out.batch(index), model.device)
         labels = _targets(batch, n, recipe)
-        hidden = model(batch.tokens[:, : recipe.train.seq_len], _attended(batch, recipe.train))
-        meter.add(
-            mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n)), valid_counts(labels), batch.document_ids
-        )
+        with _autocast(model, recipe.train):
+            hidden = model(batch.tokens[:, : recipe.train.seq_len], _attended(batch, recipe.train))
+            output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n))
+        meter.add(output, valid_counts(labels), batch.document_ids)
     model.train()
     return meter.take("validation", step)
 
