@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from foretoken import __version__
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.formats import hf
@@ -108,7 +109,7 @@ def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, 
     _write_json(
         folder / "foretoken.json",
         {
-            "foretoken_version": _version(),
+            "foretoken_version": __version__,
             "torch_version": torch.__version__,
             "git_commit": _git_commit(),
             "step": provenance.step,
@@ -332,12 +333,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _version() -> str:
-    from foretoken import __version__
-
-    return __version__
 
 
 def _git_commit() -> str | None:
