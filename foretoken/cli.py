@@ -30,7 +30,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 
 @app.command(epilog="Example: foretoken demo --minutes 12 --width 192 --layers 10")
 def demo(
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 7.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
     n_future: Annotated[int, typer.Option(help="Tokens predicted at each position; 1 is an ordinary model.")] = 4,
     width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 128,
     layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 8,
