@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from foretoken.checkpoint import load_checkpoint as load
     from foretoken.checkpoint import save_checkpoint as save
     from foretoken.completion import Generation, generate, stream
-    from foretoken.config import ModelConfig, Recipe, load_recipe
+    from foretoken.config import ModelConfig, Recipe
     from foretoken.errors import CheckpointError, ConfigError, DataError, ForetokenError, TrainingError
     from foretoken.loss import mtp_loss, oracle_loss, scales, targets, valid_counts
     from foretoken.model import Model
+    from foretoken.recipe import load_recipe
     from foretoken.tokenizer import Tokenizer
 
 # Public name -> where it is. Imported on first use, so that `import foretoken` and `foretoken --help` are instant.
@@ -30,7 +31,7 @@ _PUBLIC = {
     "TrainingError": "errors",
     "generate": "completion",
     "load": "checkpoint.load_checkpoint",
-    "load_recipe": "config",
+    "load_recipe": "recipe",
     "mtp_loss": "loss",
     "oracle_loss": "loss",
     "save": "checkpoint.save_checkpoint",

@@ -8,11 +8,10 @@ A directory is written under another name and renamed when complete. Weights are
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,17 @@ from torch import Tensor
 from foretoken import __version__
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
+from foretoken.files import read_json, write_json
 from foretoken.formats import hf
-from foretoken.formats.safetensors import FILE, read_file, read_tensors, save_tensors
+from foretoken.formats.safetensors import FILE, read_tensors, save_tensors
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
+from foretoken.train_state import TRAIN_STATE, read_train_state, write_train_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
-HEADS, TRAIN_STATE = "mtp_heads", "train_state"
+HEADS = "mtp_heads"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def save_checkpoint(
         staging.mkdir(parents=True)
         files = _write(staging, model, tokenizer)
         if optimizers:
-            files |= _write_train_state(staging, model, optimizers, unlogged or {})
+            files |= write_train_state(staging, model, optimizers, unlogged or {})
         _write_provenance(staging, provenance or Provenance(), files, tokenizer)
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
@@ -94,19 +95,20 @@ def _write(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, str]:
     files = {FILE: save_tensors(folder / FILE, main)}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     main_config = hf.main_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    _write_json(folder / "config.json", main_config)
-    _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(folder / "config.json", main_config)
+    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     tokenizer.save(folder, model_max_length=config.max_position_embeddings)
     if config.n_future > 1:
         (folder / HEADS).mkdir()
-        heads = {new: t for name, t in state.items() if (new := hf.heads_name(name))}
+        heads = {new: t for name, t in state.items() if (new := hf.heads_name(name, config))}
+        heads |= hf.heads_constants(config, model.dtype)
         files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
-        _write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
+        write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
     return files
 
 
 def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, str], tokenizer: Tokenizer) -> None:
-    _write_json(
+    write_json(
         folder / "foretoken.json",
         {
             "foretoken_version": __version__,
@@ -233,11 +235,7 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
     tensors = _read_renamed(folder, "", main, shapes, ignored)
     if config.n_future > 1:
-        beside = {new: name for name in shapes if (new := hf.heads_name(name))}
-        heads = _read_renamed(folder, f"{HEADS}/", beside, shapes)
-        if not torch.equal(heads.pop("norm.weight"), tensors["norm.weight"]):
-            raise CheckpointError(f"{folder}/{HEADS}: norm.weight is not the model's: heads of another model")
-        tensors |= heads
+        tensors |= _read_heads(folder, config, shapes, tensors["norm.weight"])
     kind = (DTYPES[dtype] if isinstance(dtype, str) else dtype) or tensors["embed_tokens.weight"].dtype
     tensors = {name: tensor.to(device=device, dtype=kind) for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
@@ -247,6 +245,26 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
         model.lm_head.weight = model.embed_tokens.weight
     model.rotary = type(model.rotary)(config).to(device)  # its table is computed, not stored
     return model.eval()
+
+
+def _read_heads(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], norm: Tensor
+) -> dict[str, Tensor]:
+    """The tensors in `folder`/mtp_heads under our names. `norm`: the model's final norm, which must lie there too."""
+    names = {new: name for name in shapes if (new := hf.heads_name(name, config))}
+    constants = hf.heads_constants(config, norm.dtype)
+    constant_shapes = {name: tuple(tensor.shape) for name, tensor in constants.items()}
+    heads = _read_renamed(
+        folder, f"{HEADS}/", names | {name: name for name in constants}, {**shapes, **constant_shapes}
+    )
+    if not torch.equal(heads.pop("norm.weight"), norm):
+        raise CheckpointError(f"{folder}/{HEADS}: norm.weight is not the model's: heads of another model")
+    for name, wanted in constants.items():
+        if not torch.equal(heads.pop(name), wanted):
+            raise CheckpointError(
+                f"{folder}/{HEADS}: {name} reads more than the trunk's output; such heads do not run here"
+            )
+    return heads
 
 
 def _read_renamed(
@@ -273,66 +291,9 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _write_train_state(
-    folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer], unlogged: Mapping[str, Any]
-) -> dict[str, str]:
-    (folder / TRAIN_STATE).mkdir()
-    tensors = {name: value.detach() for name, value in _optimizer_tensors(model, optimizers)}
-    _write_json(folder / TRAIN_STATE / "unlogged.json", unlogged)
-    name = f"{TRAIN_STATE}/optimizer.safetensors"
-    return {name: save_tensors(folder / name, tensors)}
-
-
 def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Give the optimisers, made for `model`, the state saved in `folder`/train_state; strict about names.
-
-    Returns the `unlogged` that was saved with it. Raises CheckpointError.
-    """
-    name = f"{TRAIN_STATE}/optimizer.safetensors"
-    path = folder / name
-    tensors = read_file(path, _digests(folder).get(name))
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                prefix = names[id(p)] + "/"
-                keys = [key for key in tensors if key.startswith(prefix)]
-                if not keys:
-                    raise CheckpointError(f"{path}: no state for parameter '{names[id(p)]}'")
-                for key in keys:
-                    value = tensors.pop(key)
-                    if value.dim() and value.shape != p.shape:
-                        shapes = f"shape {tuple(value.shape)}, must be {tuple(p.shape)}"
-                        raise CheckpointError(f"{path}: '{key}' has {shapes}")
-                    optimizer.state[p][key.removeprefix(prefix)] = value.to(p.device) if value.dim() else value
-    if tensors:
-        raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")
-    return read_json(folder / TRAIN_STATE / "unlogged.json")
-
-
-def _optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for key, value in state.items():
-                yield f"{names[id(p)]}/{key}", value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError names the file when it is not there or not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Give the optimisers, made for `model`, the state saved in `folder`; see `read_train_state`."""
+    return read_train_state(folder, model, optimizers, _digests(folder))
 
 
 def _git_commit() -> str | None:

@@ -62,8 +62,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model as a recipe says. Ctrl-C finishes the step and saves; --resume goes on."""
-    from foretoken.config import load_recipe
     from foretoken.display import Display
+    from foretoken.recipe import load_recipe
     from foretoken.train import train as run
 
     resolved = load_recipe(recipe, tuple(overrides or ()))

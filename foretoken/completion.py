@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
-from foretoken.decode import Request, Step, check_requests, decode
+from foretoken.decode import check_requests, decode
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.request import Request, Step
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import TextStream, Tokenizer
 
@@ -23,7 +24,7 @@ class Options(TypedDict, total=False):
     min_p: float  # 0.0: off
     seed: int  # 0; prompt i of a list uses seed + i
     stop: str | Sequence[str]  # (): strings that end the text and are cut off
-    drafts: int | None  # None: all the model's heads give; 0: plain decoding
+    drafts: int | None  # None: n_future - 1, what the heads were trained for; 0: plain decoding
     ignore_eos: bool  # False
     batch_size: int  # 16 prompts at a time
 

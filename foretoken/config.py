@@ -1,4 +1,4 @@
-"""Configuration as data: a frozen pydantic model per section, read from a TOML recipe with dotted overrides.
+"""Configuration as data: a frozen pydantic model per section of a recipe; `recipe.py` reads them from TOML.
 
 An unknown key is an error and a value is never repaired. `Recipe` is what a person writes; `ModelConfig` is what a
 checkpoint holds, with every number filled in by `ModelRecipe.resolve`.
@@ -7,9 +7,6 @@ checkpoint holds, with every number filled in by `ModelRecipe.resolve`.
 from __future__ import annotations
 
 import json
-import tomllib
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from foretoken.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
-HeadKind = Literal["parallel"]
+HeadKind = Literal["parallel", "sequential"]
+Shared = Literal["trunk", "embedding", "unembedding"]
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -68,6 +66,20 @@ class ModelConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _drafter_reads_three_layers(self) -> ModelConfig:
+        if self.sequential and self.num_hidden_layers < 3:
+            raise ValueError(
+                f'num_hidden_layers = {self.num_hidden_layers}, but head_kind = "sequential" needs at least 3: '
+                f"engines give such a drafter three layers' outputs"
+            )
+        return self
+
+    @property
+    def sequential(self) -> bool:
+        """Whether one block drafts token after token, rather than a block per token."""
+        return self.head_kind == "sequential" and self.n_future > 1
+
     @property
     def qkv_bias(self) -> bool:
         """Qwen2 adds biases to the query, key and value projections."""
@@ -89,7 +101,7 @@ class ModelRecipe(_Section):
     head_dim: int | None = None
     intermediate_size: int | None = Field(default=None, ge=1)
     num_hidden_layers: int | None = Field(default=None, ge=1)
-    total_blocks: int | None = Field(default=None, ge=1, description="num_hidden_layers + n_future - 1")
+    total_blocks: int | None = Field(default=None, ge=1, description="blocks of the next-token path and of the heads")
     max_position_embeddings: int | None = Field(default=None, ge=1)
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
@@ -97,15 +109,21 @@ class ModelRecipe(_Section):
     tie_word_embeddings: bool = False
     n_future: int = Field(default=4, ge=1)
     head_kind: HeadKind = "parallel"
+    head_init: Literal["random", "last_block"] = "random"
+
+    @property
+    def blocks_beside(self) -> int:
+        """Blocks that are not the next-token path's: one per further head, or the sequential head's only one."""
+        return min(1, self.n_future - 1) if self.head_kind == "sequential" else self.n_future - 1
 
     @model_validator(mode="after")
     def _one_depth(self) -> ModelRecipe:
         if (self.num_hidden_layers is None) == (self.total_blocks is None):
             raise ValueError("give exactly one of num_hidden_layers and total_blocks")
-        if self.total_blocks is not None and self.total_blocks < self.n_future:
+        if self.total_blocks is not None and self.total_blocks <= self.blocks_beside:
             raise ValueError(
                 f"total_blocks = {self.total_blocks} leaves no block for head 1 beside n_future = {self.n_future} "
-                f"heads; total_blocks must be at least n_future"
+                f"{self.head_kind} heads; total_blocks must be at least {self.blocks_beside + 1}"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -124,8 +142,8 @@ class ModelRecipe(_Section):
         layers = self.num_hidden_layers
         if layers is None:
             assert self.total_blocks is not None
-            layers = self.total_blocks - self.n_future + 1
-        fields = self.model_dump(exclude={"total_blocks"})
+            layers = self.total_blocks - self.blocks_beside
+        fields = self.model_dump(exclude={"total_blocks", "head_init"})
         fields.update(
             vocab_size=vocab_size,
             num_hidden_layers=layers,
@@ -193,11 +211,16 @@ class WeightPoint(_Section):
 
 
 class LossConfig(_Section):
-    """[loss]: how the heads' cross-entropies are counted and summed."""
+    """[loss]: how the heads' cross-entropies are counted and summed, and what they train.
+
+    head_gradients: the parts shared with head 1 that the losses of heads 2..n train: the trunk, the embedding where a
+    sequential head reads it, the unembedding with its norm.
+    """
 
     method: Literal["chunked", "sequential"] = "chunked"
     targets_across_documents: bool = False
     head_weights: tuple[float, ...] | tuple[WeightPoint, ...] = ()
+    head_gradients: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
 
 class OptimConfig(_Section):
@@ -261,6 +284,16 @@ class Recipe(_Section):
                 raise ValueError(f"loss.head_weights has {len(weights)} weights for n_future = {n} heads")
         return self
 
+    @model_validator(mode="after")
+    def _per_head_backward(self) -> Recipe:
+        plain = self.model.head_kind == "parallel" and len(set(self.loss.head_gradients)) == 3
+        if self.loss.method == "sequential" and not plain:
+            raise ValueError(
+                'loss.method = "sequential" goes head by head through parallel heads that train all they share; '
+                'use loss.method = "chunked"'
+            )
+        return self
+
 
 def validated(section: type[_SectionT], values: object, where: str) -> _SectionT:
     """`values` as a `section`; raises ConfigError with one line that names the key, the value and the rule."""
@@ -285,63 +318,3 @@ def _first_problem(section: type[BaseModel], error: ValidationError) -> str:
     text = problem["msg"].removeprefix("Value error, ")
     shown = f" (got {json.dumps(problem['input'], default=str)})" if key and problem["type"] != "value_error" else ""
     return f"{key}: {text}{shown}" if key else text
-
-
-def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A recipe from a TOML file, or by the name of a shipped one, with overrides like `train.steps=100` applied.
-
-    Raises ConfigError for a file that is missing or not TOML, an unknown key, or a value that breaks a rule.
-    """
-    values = _read_toml(name_or_path)
-    for override in overrides:
-        _apply_override(values, override)
-    return validated(Recipe, values, f"recipe {name_or_path}")
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    names = (entry.name for entry in _recipe_folder().iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def _recipe_folder() -> Any:
-    return resources.files("foretoken") / "recipes"
-
-
-def _read_toml(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        elif name_or_path in shipped_recipes():
-            text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        else:
-            raise ConfigError(
-                f"no recipe '{name_or_path}': neither a file nor one of the shipped {', '.join(shipped_recipes())}"
-            )
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {name_or_path}: not TOML: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"recipe {name_or_path}: {error.strerror}") from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) < 2:
-        raise ConfigError(f"override '{override}': write section.key=value, for example train.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    section = values
-    for part in parts[:-1]:
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"override '{override}': '{part}' is not a section")
-    section[parts[-1]] = value
-    if parts[0] == "model" and parts[-1] == "num_hidden_layers":
-        values["model"].pop("total_blocks", None)
-    if parts[0] == "model" and parts[-1] == "total_blocks":
-        values["model"].pop("num_hidden_layers", None)

@@ -25,12 +25,13 @@ import torch
 
 from foretoken.checkpoint import load_checkpoint
 from foretoken.completion import Generation, Options, generate, token_pieces
-from foretoken.config import Recipe, load_recipe
+from foretoken.config import Recipe
 from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.metrics import Record
 from foretoken.model import Model
+from foretoken.recipe import load_recipe
 from foretoken.report import write_report
 from foretoken.tokenizer import Tokenizer
 from foretoken.train import TrainResult, train

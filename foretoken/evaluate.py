@@ -64,7 +64,8 @@ class Scores:
     2, 3, ... count as accepted up to the first that is not head 1's choice there, and the next step stands behind
     them and one token more. On text that the model wrote greedily this is the generation's own tokens per step. On
     other text it is usually lower: head 1 reads the text where the drafts went on from the model's own choices, and
-    the model's own text is the easier one to foresee. 1.0 where no text has two tokens.
+    the model's own text is the easier one to foresee. A sequential head reads the text too. 1.0 where no text has two
+    tokens.
     """
 
     documents: int
@@ -244,12 +245,15 @@ def _windows(record: _Record, seq_len: int, stride: int) -> Iterator[_Window]:
 def _run(model: Model, batch: Sequence[_Window]) -> float:
     """Fill in the records' losses and choices at the fresh positions of these windows; returns their bytes of text."""
     B, T = len(batch), max(window.stop - window.start for window in batch)
-    tokens = torch.zeros(B, T, dtype=torch.int64)  # padding stands behind all that counts, so nothing attends to it
-    labels = torch.full((model.config.n_future, B, T), IGNORE)
+    n = model.config.n_future
+    tokens = torch.zeros(B, T + n - 1, dtype=torch.int64)  # padding stands behind all that counts
+    labels = torch.full((n, B, T), IGNORE)
     for row, w in enumerate(batch):
-        tokens[row, : w.stop - w.start] = w.record.tokens[w.start : w.stop]
+        read = w.record.tokens[w.start : w.stop + n - 1]  # a sequential head is fed what stands behind the window
+        tokens[row, : len(read)] = read
         labels[:, row, w.fresh - w.start : w.stop - w.start] = w.record.labels[:, w.fresh : w.stop]
-    nll, choices = (part.cpu() for part in _score(model, model(tokens.to(model.device)), labels.to(model.device)))
+    hidden = model(tokens.to(model.device), length=T)
+    nll, choices = (part.cpu() for part in _score(model, hidden, labels.to(model.device)))
     size = 0.0
     for row, w in enumerate(batch):
         inside = slice(w.fresh - w.start, w.stop - w.start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,25 +103,29 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over one window, without a cache."""
+    """Grouped-query attention over one window, without a cache. inputs: states of width D read side by side."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inputs: int = 1) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        width, bias = config.hidden_size, config.qkv_bias
+        width, bias = inputs * config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        return self.attend(*self.project(x, context), context.mask)
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, N, H) and keys, and values (B, T, Nkv, H), of x (B, T, inputs * D)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
@@ -128,16 +133,19 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = context.cos[..., None, :].to(q.dtype), context.sin[..., None, :].to(q.dtype)  # (B, T, 1, H)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, D); causal without a mask."""
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, N, T, H)
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=self.heads != self.kv_heads,
         )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -177,7 +185,7 @@ class BlockStack:
     parameters become views of it, so the weights exist once and both forms always agree.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Any]) -> None:
         attentions = [block.self_attn for block in blocks]
         first = attentions[0]
         self.m, self.heads, self.kv_heads, self.head_dim = len(blocks), first.heads, first.kv_heads, first.head_dim
@@ -202,10 +210,17 @@ class BlockStack:
 
         The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D).
         """
+        inputs = unit_rms(x, self.eps) * self.norm_1[:used, None]
+        return self._run(inputs, x, context, positions, cache, block)
+
+    def _run(
+        self, inputs: Tensor, x: Tensor, context: Context, positions: Tensor, cache: KVCache, block: int
+    ) -> Tensor:
+        """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T, D)."""
         _, B, T, D = x.shape
-        m, rows = used, B * T
+        m, rows = inputs.size(0), B * T
         x = x.reshape(1, rows, D)
-        qkv = _bmm(unit_rms(x, self.eps) * self.norm_1[:m], self.qkv[:m])  # (m, BT, (N + 2 Nkv) H)
+        qkv = _bmm(inputs.reshape(m, rows, -1), self.qkv[:m])  # (m, BT, (N + 2 Nkv) H)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[:m]
         rotated = self.heads + self.kv_heads
@@ -231,6 +246,19 @@ class BlockStack:
             mask = mask.repeat(m, 1, 1, 1)  # (m B, 1, groups T, S)
         y = F.scaled_dot_product_attention(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
         return y.view(m, B, N, T, H).transpose(2, 3).reshape(m, B * T, N * H)
+
+
+class SequentialStack(BlockStack):
+    """The block of a sequential head with a cache: its readable twin is `heads.SequentialBlock`."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__([block])
+        self.hidden_norm = _share([[block.hidden_norm.weight]])
+
+    def draft(self, embedded: Tensor, hidden: Tensor, context: Context, positions: Tensor, cache: KVCache) -> Tensor:
+        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`."""
+        sides = (unit_rms(embedded, self.eps) * self.norm_1[0], unit_rms(hidden, self.eps) * self.hidden_norm[0])
+        return self._run(torch.cat(sides, -1)[None], hidden[None], context, positions, cache, 0)[0]
 
 
 def _bmm(x: Tensor, weight: Tensor) -> Tensor:

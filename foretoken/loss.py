@@ -65,12 +65,15 @@ class LossOutput:
     predictions: Tensor
 
 
-def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: Tensor) -> LossOutput:
+def mtp_loss(
+    hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: Tensor, *, weight_learns_from: int | None = None
+) -> LossOutput:
     """Cross-entropy of all heads with at most one chunk of logits in memory.
 
     hidden: n normalised states (B, T, D); weight: unembedding (V, D); labels (n, B, T) from `targets`; scales (n,) from
     `scales`. Gradients are computed while a chunk's logits are there, so nothing is computed twice and the weight has
     one gradient buffer for all heads. Under autocast the products run in its type, sums stay in float32.
+    weight_learns_from: the unembedding gets the gradients of so many heads, the first; None: of all.
     """
     device = weight.device.type
     if torch.is_autocast_enabled(device):
@@ -80,7 +83,7 @@ def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: T
     if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
         weight, flat = weight.detach(), [h.detach() for h in flat]
     total, sums, predictions = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        weight, labels.flatten(1), scales, *flat
+        weight, labels.flatten(1), scales, len(flat) if weight_learns_from is None else weight_learns_from, *flat
     )
     predictions = predictions.view_as(labels)
     return LossOutput(total, sums, _correct(predictions, labels), predictions)
@@ -88,7 +91,9 @@ def mtp_loss(hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: T
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, labels: Tensor, scales: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, weight: Tensor, labels: Tensor, scales: Tensor, learns_from: int, *hidden: Tensor
+    ) -> tuple[Tensor, ...]:
         rows = max(1, CHUNK_ELEMENTS // weight.size(0))
         wide = torch.promote_types(weight.dtype, torch.float32)
         needs = any(ctx.needs_input_grad)
@@ -112,7 +117,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
                     grad = grad.mul_((valid * scales[d]).to(wide)[:, None]).to(weight.dtype)
                     grad_hidden[d][part] = grad @ weight  # type: ignore[index]
-                    grad_weight += grad.T @ states[part]
+                    if d < learns_from:
+                        grad_weight += grad.T @ states[part]
         ctx.save_for_backward(grad_weight, *grad_hidden)
         ctx.weight_dtype = weight.dtype
         total = (sums * scales.to(sums.device)).sum().to(wide)
@@ -125,9 +131,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
         hidden = [
             (h * grad_total).to(h.dtype) if needs else None
-            for h, needs in zip(grad_hidden, ctx.needs_input_grad[3:], strict=True)
+            for h, needs in zip(grad_hidden, ctx.needs_input_grad[4:], strict=True)
         ]
-        return weight, None, None, *hidden
+        return weight, None, None, None, *hidden
 
 
 def sequential_backward(

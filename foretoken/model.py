@@ -6,15 +6,18 @@ Heads return hidden states; only the loss and the decode loop turn them into log
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretoken.cache import KVCache
-from foretoken.config import ModelConfig
-from foretoken.heads import ParallelHeads
-from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, grouped_mask
+from foretoken.config import ModelConfig, Shared
+from foretoken.heads import make_heads
+from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
+
+ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
 
 class Model(nn.Module):
@@ -25,7 +28,7 @@ class Model(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers - 1))
-        self.heads = ParallelHeads(config)
+        self.heads = make_heads(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -62,13 +65,20 @@ class Model(nn.Module):
 
         document_ids (B, length): when given, a position attends only inside its own document.
         """
-        cos, sin = self.rotary(torch.arange(length, device=self.device)[None], torch.float32)
+        cos, sin = self._tables(0, length)
         mask = None
         if document_ids is not None:
             same = document_ids[:, :, None] == document_ids[:, None, :]
             mask = torch.ones(length, length, dtype=torch.bool, device=self.device).tril() & same
             mask = mask[:, None]  # (B, 1, T, T)
         return Context(cos, sin, mask)
+
+    def _tables(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables (1, T, H) of positions start..start+T-1."""
+        tables: tuple[Tensor, Tensor] = self.rotary(
+            torch.arange(start, start + length, device=self.device)[None], torch.float32
+        )
+        return tables
 
     def run_trunk(self, tokens: Tensor, context: Context) -> Tensor:
         """Tokens (B, T) -> trunk output z (B, T, D), not normalised."""
@@ -78,14 +88,38 @@ class Model(nn.Module):
         return x
 
     def run_head(self, z: Tensor, context: Context, depth: int) -> Tensor:
-        """Trunk output (B, T, D) -> normalised hidden state (B, T, D) of the head at `depth`, ready to unembed."""
-        return self.norm(self.heads(z, context, depth))  # type: ignore[no-any-return]
+        """Trunk output (B, T, D) -> normalised state (B, T, D) of the parallel head at `depth`, ready to unembed."""
+        return self.norm(self.heads[depth](z, context))  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> list[Tensor]:
-        """Tokens (B, T) -> n normalised hidden states (B, T, D), head 1 first."""
-        context = self.context(tokens.size(1), document_ids)
-        z = self.run_trunk(tokens, context)
-        return [self.run_head(z, context, depth) for depth in range(self.config.n_future)]
+    def forward(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        length: int | None = None,
+        head_gradients: Sequence[Shared] = ALL_SHARED,
+    ) -> list[Tensor]:
+        """Tokens -> n normalised hidden states (B, T, D), head 1 first.
+
+        length: T, by default all of them; tokens (B, T or more) behind it are only read as those a sequential head is
+        fed: its depth d at position t reads token t + d. Where there is none it reads token 0, and its state means
+        nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
+        """
+        T = tokens.size(1) if length is None else length
+        context = self.context(T, None if document_ids is None else document_ids[:, :T])
+        z = self.run_trunk(tokens[:, :T], context)
+        hidden = [self.norm(self.heads.first(z, context))]
+        if self.config.n_future == 1:
+            return hidden
+        z = _detached(z, "trunk" not in head_gradients)
+        table = _detached(self.embed_tokens.weight, "embedding" not in head_gradients)
+        scale = _detached(self.norm.weight, "unembedding" not in head_gradients)
+        further = F.pad(tokens, (0, max(0, T + self.config.n_future - 1 - tokens.size(1))))
+        states = self.heads.rest(
+            z,
+            lambda depth: F.embedding(further[:, depth : depth + T], table),
+            lambda depth: Context(*self._tables(depth - 1, T), context.mask),
+        )
+        return hidden + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in states]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) in float32 or wider."""
@@ -105,8 +139,10 @@ class Stepper:
     def __init__(self, model: Model) -> None:
         self.config = model.config
         self.model = model
-        self.trunk = [BlockStack([block]) for block in model.trunk]  # type: ignore[list-item]
-        self.heads = BlockStack(list(model.heads))  # type: ignore[arg-type]
+        self.trunk = [BlockStack([block]) for block in model.trunk]
+        # One block that drafts stands apart; parallel heads read what head 1 reads and run with it.
+        self.drafter = SequentialStack(model.heads[1]) if self.config.sequential else None
+        self.heads = BlockStack(list(model.heads)[:1] if self.config.sequential else list(model.heads))
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
 
@@ -120,10 +156,16 @@ class Stepper:
         blocks = len(self.trunk) + heads
         return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
 
-    def forward(self, tokens: Tensor, cache: KVCache, heads: int) -> Tensor:
-        """Run tokens (B, T) behind what the cache holds; returns the first `heads` heads' states (heads, B, T, D).
+    def new_draft_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache of the sequential head's block."""
+        c, model = self.config, self.model
+        return KVCache(1, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
 
-        The states are not normalised. The cache then holds all T positions: roll back those that are not kept.
+    def forward(self, tokens: Tensor, cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
+        """Run tokens (B, T) behind what the cache holds.
+
+        Returns the first `heads` heads' states (heads, B, T, D) and the trunk's output (B, T, D), none of them
+        normalised. The cache then holds all T positions: roll back those that are not kept.
         """
         T = tokens.size(1)
         positions = cache.positions(T)
@@ -133,7 +175,20 @@ class Stepper:
             x = stack.forward(x, context, positions, cache, index, 1)
         hidden = self.heads.forward(x, context, positions, cache, len(self.trunk), heads)
         cache.advance(T)
-        return hidden
+        return hidden, x[0]
+
+    def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+        """Run the sequential head's block behind what its cache holds, on the tokens (B, T) that follow its positions.
+
+        hidden (B, T, D): the trunk's output, or the block's own state where the token is a draft. Returns its states
+        (B, T, D), not normalised, which predict the tokens behind `tokens`.
+        """
+        assert self.drafter is not None
+        positions = cache.positions(tokens.size(1))
+        embedded = F.embedding(tokens, self.model.embed_tokens.weight)
+        state = self.drafter.draft(embedded, hidden, self._context(positions, cache), positions, cache)
+        cache.advance(tokens.size(1))
+        return state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider."""
@@ -143,10 +198,16 @@ class Stepper:
         if self.tables is None or self.tables[0].size(0) < cache.capacity:
             self.tables = self.model.rotary(torch.arange(cache.capacity, device=positions.device), self.model.dtype)
         cos, sin = (table[positions] for table in self.tables)  # (B, T, H)
+        if positions.size(1) == 1 and min(cache.lengths) == max(cache.lengths):
+            return Context(cos, sin)  # the only query sees all there is
         slots = torch.arange(max(cache.lengths) + positions.size(1), device=positions.device)
         visible = slots <= positions[:, :, None]  # (B, T, S)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
+
+
+def _detached(tensor: Tensor, yes: bool) -> Tensor:
+    return tensor.detach() if yes else tensor
 
 
 def _addresses(model: Model) -> list[int]:

@@ -62,10 +62,18 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def pick(logits: Tensor, positions: Tensor, seeds: Tensor, sampling: Sampling) -> Tensor:
     """The tokens (...) that stand at `positions` (...), from logits (..., V) and seeds that broadcast to positions."""
+    return choose(logits, keyed_noise(seeds, positions, logits.size(-1), sampling), sampling)
+
+
+def keyed_noise(seeds: Tensor, positions: Tensor, vocab_size: int, sampling: Sampling) -> Tensor | None:
+    """temperature x Gumbel noise (..., V) of the tokens at `positions`; None at temperature 0, which needs none."""
+    return sampling.temperature * gumbel(seeds, positions, vocab_size) if sampling.temperature > 0 else None
+
+
+def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
+    """The tokens (...) of the highest filtered logits (..., V) plus noise from `keyed_noise`."""
     kept = filtered(logits, sampling)
-    if sampling.temperature > 0:  # otherwise the noise has no weight and need not be made
-        kept = kept + sampling.temperature * gumbel(seeds, positions, logits.size(-1)).to(kept.dtype)
-    return kept.argmax(-1)
+    return (kept if noise is None else kept + noise.to(kept.dtype)).argmax(-1)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

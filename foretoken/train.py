@@ -20,22 +20,22 @@ import torch
 from foretoken import metrics, optim
 from foretoken.checkpoint import (
     STEP_PREFIX,
-    TRAIN_STATE,
     Provenance,
     load_model,
     load_train_state,
     newest_step,
     prune,
-    read_json,
     save_checkpoint,
 )
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Batch, Split, Tokens, Windows, prepare
 from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
+from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer, from_config
+from foretoken.train_state import TRAIN_STATE
 
 # What may differ between a run and its continuation: these decide what is written and where, not what is learned.
 FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device")
@@ -121,6 +121,8 @@ def _begin(
     if start is None:
         model = Model(config)
         model.init_weights(recipe.train.seed)
+        if recipe.model.head_init == "last_block":
+            model.heads.start_from_head_1()
         model.to(device)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
     model = load_model(start, None, device).train()
@@ -169,14 +171,17 @@ def _backward(
     for start in range(0, batch.tokens.size(0), size):
         rows = slice(start, start + size)
         part = Batch(batch.tokens[rows], batch.document_ids[rows], batch.label_mask[rows])
-        tokens, documents, part_labels = part.tokens[:, :T], _attended(part, recipe.train), labels[:, rows]
+        documents, part_labels = _attended(part, recipe.train), labels[:, rows]
         if recipe.loss.method == "chunked":
-            output = mtp_loss(model(tokens, documents), model.lm_head.weight, part_labels, factors)
+            trained = recipe.loss.head_gradients
+            hidden = model(part.tokens, documents, T, trained)
+            heads_learned = n if "unembedding" in trained else 1
+            output = mtp_loss(hidden, model.lm_head.weight, part_labels, factors, weight_learns_from=heads_learned)
             output.total.backward()  # type: ignore[no-untyped-call]
         else:
             context = model.context(T, documents)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
-            z = model.run_trunk(tokens, context)
+            z = model.run_trunk(part.tokens[:, :T], context)
             output = sequential_backward(z, heads, model.lm_head.weight, part_labels, factors)
         yield part, output, valid_counts(part_labels)
 
@@ -201,7 +206,7 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
         batch = _to(held_out.batch(index), model.device)
         labels = _targets(batch, n, recipe)
         with _autocast(model, recipe.train):
-            hidden = model(batch.tokens[:, : recipe.train.seq_len], _attended(batch, recipe.train))
+            hidden = model(batch.tokens, _attended(batch, recipe.train), recipe.train.seq_len)
             output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n))
         meter.add(output, valid_counts(labels), batch.document_ids)
     model.train()

@@ -12,8 +12,9 @@ from small_runs import write_corpus
 
 from foretoken import decode as decoding
 from foretoken.config import ModelConfig
-from foretoken.decode import Request, decode
+from foretoken.decode import decode
 from foretoken.model import Model
+from foretoken.request import Request
 from foretoken.sampling import Sampling
 
 torch.set_num_threads(1)
@@ -88,18 +89,24 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """Makes drafts right up to the j-th and wrong behind: call it with {prompt: plain ids}, j and the vocabulary."""
 
     def install(plain: dict[tuple[int, ...], list[int]], right: int, vocab: int) -> None:
-        def drafts(
-            stepper: object, hidden: torch.Tensor, counts: object, requests: Sequence[Request], sampling: Sampling
-        ) -> list[list[int]]:
-            rows = []
-            for request in requests:
-                ids = plain[tuple(request.prompt)]
-                at = len(request.ids)
-                coming = [*ids[at : at + hidden.size(0)], *[0] * hidden.size(0)][: hidden.size(0)]
-                rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
-            return rows
+        class OracleDrafter:
+            heads = 1
 
-        monkeypatch.setattr(decoding, "_pick_drafts", drafts)
+            def __init__(self, stepper: object, drafts: int, rows: int, capacity: int) -> None:
+                self.drafts = drafts
+
+            def propose(self, requests: Sequence[Request], *rest: object) -> torch.Tensor:
+                rows = []
+                for request in requests:
+                    at = len(request.ids)
+                    coming = [*plain[tuple(request.prompt)][at : at + self.drafts], *[0] * self.drafts][: self.drafts]
+                    rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
+                return torch.tensor(rows)
+
+            def select(self, rows: Sequence[int]) -> None:
+                pass
+
+        monkeypatch.setattr(decoding, "make_drafter", OracleDrafter)
 
     return install
 

@@ -13,8 +13,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from foretoken import loss
-from foretoken.decode import Request
 from foretoken.model import Model
+from foretoken.request import Request
 from foretoken.sampling import Sampling, pick
 
 ALPHA = 1e-4  # of every statistical check; their seeds are fixed
@@ -113,12 +113,16 @@ def loss_is_oracle(batch: Batch) -> None:
 
 @torch.no_grad()
 def no_peeking(model: Model, tokens: Tensor, at: int) -> None:
-    """Another token at `at` changes no head's output before it, and every head's from it on."""
+    """Another token at `at` changes no head's output before it, and every head's from it on.
+
+    Depth d of a sequential head reads d tokens further, so its outputs change from `at` - d on.
+    """
     changed = tokens.clone()
     changed[:, at] = (changed[:, at] + 1) % model.config.vocab_size
     for d, (a, b) in enumerate(zip(model(tokens), model(changed), strict=True)):
-        require(torch.equal(a[:, :at], b[:, :at]), f"head {d + 1} sees token {at} before it comes")
-        require(not (a[:, at:] == b[:, at:]).all(-1).any(), f"head {d + 1} does not see token {at}")
+        first = max(0, at - d) if model.config.sequential else at
+        require(torch.equal(a[:, :first], b[:, :first]), f"head {d + 1} sees token {at} before it comes")
+        require(not (a[:, first:] == b[:, first:]).all(-1).any(), f"head {d + 1} does not see token {at}")
 
 
 @torch.no_grad()
@@ -128,7 +132,7 @@ def cached_is_full(model: Model, moves: Sequence[tuple[str, list[int]]], seed: i
     moves: ("write", [count]), ("back", how many to forget per row), ("select", rows to keep).
     """
     g = torch.Generator().manual_seed(seed)
-    stepper, heads = model.stepper(), model.config.n_future
+    stepper, heads = model.stepper(), 1 if model.config.sequential else model.config.n_future
     cache = stepper.new_cache(rows, 64, heads)
     held: list[list[int]] = [[] for _ in range(rows)]
     for kind, numbers in moves:
@@ -141,10 +145,10 @@ def cached_is_full(model: Model, moves: Sequence[tuple[str, list[int]]], seed: i
             cache.select(kept)
         else:
             new = torch.randint(0, model.config.vocab_size, (len(held), numbers[0]), generator=g)
-            states = model.norm(stepper.forward(new, cache, heads))
+            states = model.norm(stepper.forward(new, cache, heads)[0])
             for row, tokens in enumerate(held):
                 tokens.extend(new[row].tolist())
-                for d, full in enumerate(model(torch.tensor([tokens]))):
+                for d, full in enumerate(model(torch.tensor([tokens]))[:heads]):
                     close(states[d, row], full[0, -numbers[0] :], f"head {d + 1}, row {row}, {len(tokens)} tokens")
 
 
@@ -216,22 +220,78 @@ def greedy_is_argmax(model: Model, request: Request, tolerance: float = 1e-9) ->
     require(float(behind.max()) <= tolerance, f"a token's logit lies {float(behind.max()):.3g} below the highest")
 
 
+def with_heads(model: Model, n: int) -> Model:
+    """The model, its sequential head unrolled to n - 1 depths."""
+    deeper = Model(model.config.model_copy(update={"n_future": n})).to(model.dtype)
+    deeper.load_state_dict(model.state_dict())
+    return deeper.eval()
+
+
 @torch.no_grad()
 def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling) -> None:
-    """Each step's drafts are what heads 2, 3, .. pick, teacher-forced, where head 1 picked the newest token.
+    """Each step's drafts are what heads 2, 3, .. pick where head 1 picked the newest token.
 
-    A wrong draft costs speed and changes no output, so no other check would see it.
+    A sequential head is fed the step's own drafts. A wrong draft costs speed and changes no output, so no other check
+    would see it.
     """
-    sequence = torch.tensor([request.prompt + request.ids])
-    logits = [model.logits(hidden)[0] for hidden in model(sequence)]
+    most = max((len(step.drafted) for step in request.steps), default=0)
+    model = with_heads(model, most + 1) if model.config.sequential and most else model
     committed = 1
     for step in request.steps:
         newest = len(request.prompt) + committed - 1
+        read = (request.prompt + request.ids)[: newest + 1] + list(step.drafted)
+        logits = [model.logits(hidden)[0, newest - 1] for hidden in model(torch.tensor([read]))]
         for k, draft in enumerate(step.drafted):
             position = torch.tensor(newest + 1 + k)
-            wanted = pick(logits[k + 1][newest - 1], position, torch.tensor(request.seed), sampling).item()
+            wanted = pick(logits[k + 1], position, torch.tensor(request.seed), sampling).item()
             require(draft == wanted, f"head {k + 2} drafted {draft} for position {int(position)}, not {wanted}")
         committed += step.committed
+
+
+@torch.no_grad()
+def drafting_is_unrolled(model: Model, moves: Sequence[tuple[str, list[int]]], seed: int = 0, rows: int = 3) -> None:
+    """A sequential head stepping through its cache is the training forward, when what it is fed are the true tokens.
+
+    moves as for `cached_is_full`. After each write the head goes on from its own states, a token at a time, and what
+    it wrote is forgotten.
+    """
+    g = torch.Generator().manual_seed(seed)
+    V, depths, stepper = model.config.vocab_size, model.config.n_future - 1, model.stepper()
+    cache, drafts = stepper.new_cache(rows, 64, 1), stepper.new_draft_cache(rows, 64)
+    held: list[list[int]] = [[] for _ in range(rows)]
+    coming = torch.randint(0, V, (rows,), generator=g).tolist()  # each row's next token, which its last key has read
+    for kind, numbers in moves:
+        if kind == "back":
+            for row, (tokens, n) in enumerate(zip(held, numbers, strict=False)):
+                size = max(0, len(tokens) - n)
+                coming[row] = [*tokens, coming[row]][size]
+                del tokens[size:]
+            cache.roll_back([len(row) for row in held])
+            drafts.roll_back([len(row) for row in held])
+        elif kind == "select":
+            kept = [n % len(held) for n in numbers]
+            held, coming = [list(held[n]) for n in kept], [coming[n] for n in kept]
+            cache.select(kept)
+            drafts.select(kept)
+        else:
+            new = torch.randint(0, V, (len(held), numbers[0] + 1), generator=g)
+            new[:, 0] = torch.tensor(coming)
+            coming = new[:, -1].tolist()
+            z = stepper.forward(new[:, :-1], cache, 1)[1]
+            states = [stepper.draft(new[:, 1:], z, drafts)]
+            for row, tokens in enumerate(held):
+                tokens.extend(new[row, :-1].tolist())
+            fed = torch.randint(0, V, (len(held), depths - 1), generator=g)
+            for d in range(depths - 1):
+                states.append(stepper.draft(fed[:, d : d + 1], states[-1][:, -1:], drafts))
+            drafts.roll_back([len(row) for row in held])
+            for row, tokens in enumerate(held):
+                read = torch.tensor([[*tokens, coming[row], *fed[row].tolist()]])
+                for d, full in enumerate(model(read, length=len(tokens))[1:]):
+                    count = states[d].size(1)
+                    close(
+                        model.norm(states[d][row]), full[0, -count:], f"depth {d + 1}, row {row}, {len(tokens)} tokens"
+                    )
 
 
 # Laws

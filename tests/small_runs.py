@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from foretoken.checkpoint import find_checkpoint, load_checkpoint, load_model, newest_step, step_checkpoints
-from foretoken.config import Recipe, load_recipe
+from foretoken.config import Recipe
 from foretoken.errors import CheckpointError
+from foretoken.recipe import load_recipe
 from foretoken.train import TrainResult, train
 
 TIMINGS = ("seconds", "seconds_left", "tokens_per_second")

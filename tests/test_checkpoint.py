@@ -467,7 +467,7 @@ def test_checkpoint_is_never_overwritten(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("writer", ["save_tensors", "_write_json", "_write_train_state", "Tokenizer.save"])
+@pytest.mark.parametrize("writer", ["save_tensors", "write_json", "write_train_state", "Tokenizer.save"])
 def test_failed_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, writer: str
 ) -> None:

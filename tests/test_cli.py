@@ -68,7 +68,7 @@ def sets(corpus: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with three heads and 256 positions. Read only."""
-    from foretoken.config import load_recipe
+    from foretoken.recipe import load_recipe
     from foretoken.train import train
 
     folder = tmp_path_factory.mktemp("cli") / "model"
@@ -199,7 +199,7 @@ def test_demo_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def small_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Options of a demo of seconds; the recipe's corpus is replaced, for the standard library takes seconds to read."""
     from foretoken import demo
-    from foretoken.config import load_recipe
+    from foretoken.recipe import load_recipe
 
     corpus = write_corpus(folder)
     for i in range(24):
@@ -298,7 +298,7 @@ TRAIN_CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "a value for a section": (["--set", "train=3"], ["override 'train=3'"]),
     "key of a value": (["--set", "train.steps.a=3"], ["'steps' is not a section"]),
     "heads' weights": (["--set", "loss.head_weights=[1]"], ["loss.head_weights has 1 weights for n_future = 3 heads"]),
-    "blocks": (["--set", "model.total_blocks=2"], ["total_blocks must be at least n_future"]),
+    "blocks": (["--set", "model.total_blocks=2"], ["total_blocks must be at least 3"]),
     "width": (["--set", "model.hidden_size=33"], ["hidden_size = 33 is not a multiple of num_attention_heads = 2"]),
     "odd head width": (["--set", "model.head_dim=7"], ["head_dim", "multiple of 2 (got 7)"]),
     "micro batch": (["--set", "train.micro_batch_size=3"], ["micro_batch_size = 3 does not divide batch_size = 4"]),

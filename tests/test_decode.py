@@ -21,9 +21,10 @@ from invariants import (
 )
 
 from foretoken.completion import Generation, generate, stream
-from foretoken.decode import Request, decode
+from foretoken.decode import decode
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
 

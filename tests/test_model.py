@@ -151,7 +151,7 @@ def test_an_update_in_place_is_seen_by_both_forms(architecture: str) -> None:
     before = model(tokens)[2]
     for name, p in model.named_parameters():
         p.add_(torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(7)), alpha=0.1)
-        stepped = model.norm(stepper.forward(tokens, stepper.new_cache(1, 5, 3), 3))
+        stepped = model.norm(stepper.forward(tokens, stepper.new_cache(1, 5, 3), 3)[0])
         close(stepped, torch.stack(model(tokens)), f"after a change of {name}")
     assert model.stepper() is stepper
     assert not torch.allclose(before, model(tokens)[2])
@@ -166,12 +166,12 @@ def test_moved_weights_make_a_new_stepper() -> None:
     model.to(torch.float32)
     new = model.stepper()
     assert new is not old
-    stepped = model.norm(new.forward(tokens, new.new_cache(1, 5, 2), 2))
+    stepped = model.norm(new.forward(tokens, new.new_cache(1, 5, 2), 2)[0])
     assert stepped.dtype == torch.float32
     close(stepped, torch.stack(model(tokens)), "in float32", 1e-5)
     model.heads[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(64, 32))
     assert model.stepper() is not new
-    stepped = model.norm(model.stepper().forward(tokens, new.new_cache(1, 5, 2), 2))
+    stepped = model.norm(model.stepper().forward(tokens, new.new_cache(1, 5, 2), 2)[0])
     close(stepped, torch.stack(model(tokens)), "with a parameter replaced", 1e-5)
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import foretoken
-from foretoken.config import ModelConfig, load_recipe, shipped_recipes
+from foretoken.config import ModelConfig
 from foretoken.formats import hf
 from foretoken.model import Model
+from foretoken.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(foretoken.__file__).parent
@@ -24,6 +25,8 @@ PACKAGE = Path(foretoken.__file__).parent
 ORDER = [
     "errors",
     "config",
+    "recipe",
+    "files",
     "tokenizer",
     "sources",
     "data",
@@ -37,7 +40,10 @@ ORDER = [
     "parallel",
     "formats.safetensors",
     "formats.hf",
+    "train_state",
     "checkpoint",
+    "request",
+    "draft",
     "decode",
     "completion",
     "evaluate",
@@ -195,7 +201,7 @@ def test_names_of_every_format_are_distinct() -> None:
         with torch.device("meta"):
             names = [name for name, _ in Model(config).named_parameters()]
         main = [new for name in names if (new := hf.main_name(name, config))]
-        beside = [new for name in names if (new := hf.heads_name(name))]
+        beside = [new for name in names if (new := hf.heads_name(name, config))]
         assert len(set(main)) == len(main)
         assert len(set(beside)) == len(beside)
         assert len(main) + len(beside) == len(names) + 1, "each parameter is stored once, the final norm twice"

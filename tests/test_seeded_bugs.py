@@ -27,6 +27,7 @@ from test_decode import CONFIDENT, LAW, PROMPTS, VAGUE
 from torch import Tensor
 
 from foretoken import decode as decoding
+from foretoken import draft as drafting
 from foretoken import loss, sampling
 from foretoken.cache import KVCache
 from foretoken.model import Model
@@ -66,7 +67,7 @@ def logprobs() -> None:
         logprobs_are_targets(VAGUE, request)
 
 
-def drafting() -> None:
+def drafts() -> None:
     for request in run(VAGUE, PROMPTS, 3, SOFT):
         drafts_are_the_heads(VAGUE, request, SOFT)
 
@@ -182,24 +183,32 @@ def rotary_off_by_one_in_a_block(patch: Patch) -> None:
     patch.setattr(KVCache, "positions", lambda cache, count: real(cache, count) + (1 < count < 5))
 
 
+def noise_with(patch: Patch, change: Callable[[Tensor, Tensor, Sampling], tuple[Tensor, Tensor, Sampling]]) -> None:
+    """The noise is that of other seeds, positions or temperature."""
+    real = decoding.keyed_noise
+
+    def keyed_noise(seeds: Tensor, positions: Tensor, vocab: int, how: Sampling) -> Tensor | None:
+        seeds, positions, how = change(seeds, positions, how)
+        return real(seeds, positions, vocab, how)
+
+    patch.setattr(decoding, "keyed_noise", keyed_noise)
+
+
 def noise_off_by_one_in_a_block(patch: Patch) -> None:
     """The token behind k accepted drafts is picked with the noise of the position before it."""
-    real = decoding.pick
-
-    def pick(logits: Tensor, positions: Tensor, seeds: Tensor, how: Sampling) -> Tensor:
-        return real(logits, positions - (torch.arange(positions.size(1)) > 0).long(), seeds, how)
-
-    patch.setattr(decoding, "pick", pick)
+    noise_with(
+        patch, lambda seeds, positions, how: (seeds, positions - (torch.arange(positions.size(1)) > 0).long(), how)
+    )
 
 
 def bonus_from_the_position_before(patch: Patch) -> None:
     """Behind a whole accepted block the next token comes from the logits of the place before."""
     real = decoding._pick_targets
 
-    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
+    def pick_targets(logits: Tensor, *rest: Any) -> Any:
         if logits.size(1) > 1:
             logits = torch.cat((logits[:, :-1], logits[:, -2:-1]), 1)
-        return real(logits, requests, how)
+        return real(logits, *rest)
 
     patch.setattr(decoding, "_pick_targets", pick_targets)
 
@@ -207,20 +216,17 @@ def bonus_from_the_position_before(patch: Patch) -> None:
 def drafts_logprob_returned(patch: Patch) -> None:
     """An accepted draft keeps the log-probability that its own head gave it."""
     real_drafts, real_targets = decoding._pick_drafts, decoding._pick_targets
-    drafted: dict[int, list[float]] = {}
+    drafted: list[Tensor] = []
 
-    def pick_drafts(stepper: Any, hidden: Tensor, counts: Sequence[int], requests: Any, how: Sampling) -> Any:
-        drafts = real_drafts(stepper, hidden, counts, requests, how)
-        for row, request in enumerate(requests):
-            own = stepper.logits(hidden[:, row, counts[row]]).log_softmax(-1)  # (K, V)
-            drafted[id(request)] = own.gather(-1, torch.tensor(drafts[row])[:, None])[:, 0].tolist()
+    def pick_drafts(noise: Any, how: Sampling, logits: Tensor, first: int) -> Tensor:
+        drafts = real_drafts(noise, how, logits, first)
+        drafted[:] = [logits.log_softmax(-1).gather(-1, drafts[..., None])[..., 0]]
         return drafts
 
-    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
-        tokens, logprobs = real_targets(logits, requests, how)
-        for row, request in enumerate(requests):
-            own = drafted.get(id(request), [])
-            logprobs[row][: len(own)] = own
+    def pick_targets(logits: Tensor, *rest: Any) -> Any:
+        tokens, logprobs = real_targets(logits, *rest)
+        for row, own in zip(logprobs, drafted[0].tolist() if drafted else [], strict=False):
+            row[: len(own)] = own
         return tokens, logprobs
 
     patch.setattr(decoding, "_pick_drafts", pick_drafts)
@@ -230,8 +236,8 @@ def drafts_logprob_returned(patch: Patch) -> None:
 def logprobs_after_temperature_and_filters(patch: Patch) -> None:
     real = decoding._pick_targets
 
-    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
-        tokens, _ = real(logits, requests, how)
+    def pick_targets(logits: Tensor, *rest: Any) -> Any:
+        tokens, _ = real(logits, *rest)
         kept = sampling.filtered(logits, Sampling(1.0, top_k=5)).log_softmax(-1)
         return tokens, kept.gather(-1, torch.tensor(tokens)[..., None])[..., 0].tolist()
 
@@ -240,12 +246,9 @@ def logprobs_after_temperature_and_filters(patch: Patch) -> None:
 
 def soft_at_temperature_zero(patch: Patch) -> None:
     """Greedy keeps the soft distribution and draws from it."""
-    real = decoding.pick
-
-    def pick(logits: Tensor, positions: Tensor, seeds: Tensor, how: Sampling) -> Tensor:
-        return real(logits, positions, seeds, how if how.temperature else Sampling(1.0, top_p=0.95))
-
-    patch.setattr(decoding, "pick", pick)
+    soft, real = Sampling(1.0, top_p=0.95), decoding.choose
+    noise_with(patch, lambda seeds, positions, how: (seeds, positions, how if how.temperature else soft))
+    patch.setattr(decoding, "choose", lambda logits, noise, how: real(logits, noise, how if how.temperature else soft))
 
 
 def accepts_everything(patch: Patch) -> None:
@@ -261,12 +264,9 @@ def accepts_then_redraws(patch: Patch) -> None:
     real_targets, real_accepted = decoding._pick_targets, decoding.accepted
     redraws: dict[int, list[int]] = {}
 
-    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
-        tokens, logprobs = real_targets(logits, requests, how)
-        with pytest.MonkeyPatch.context() as other:
-            seeds = decoding._seeds(requests, logits) + (1 << 40)
-            other.setattr(decoding, "_seeds", lambda *_: seeds)
-            fresh, _ = real_targets(logits, requests, how)
+    def pick_targets(logits: Tensor, noise: Any, how: Sampling) -> Any:
+        tokens, logprobs = real_targets(logits, noise, how)
+        fresh, _ = real_targets(logits, noise.roll(1, -1), how)  # other noise, that no draft has seen
         redraws.update({id(row): again for row, again in zip(tokens, fresh, strict=True)})
         return tokens, logprobs
 
@@ -285,8 +285,8 @@ def accepts_any_likely_draft(patch: Patch) -> None:
     real_targets, real_accepted = decoding._pick_targets, decoding.accepted
     likely: dict[int, list[list[bool]]] = {}
 
-    def pick_targets(logits: Tensor, requests: Any, how: Sampling) -> Any:
-        tokens, logprobs = real_targets(logits, requests, how)
+    def pick_targets(logits: Tensor, *rest: Any) -> Any:
+        tokens, logprobs = real_targets(logits, *rest)
         rows = (logits.softmax(-1) > 0.05).tolist()
         likely.update({id(row): allowed for row, allowed in zip(tokens, rows, strict=True)})
         return tokens, logprobs
@@ -302,32 +302,30 @@ def accepts_any_likely_draft(patch: Patch) -> None:
 
 
 def drafts_of_another_row(patch: Patch) -> None:
-    real = decoding._pick_drafts
+    real = drafting.ParallelDrafter.propose
 
-    def pick_drafts(stepper: Any, hidden: Tensor, *rest: Any) -> Any:
-        return real(stepper, hidden.roll(1, 1), *rest)
+    def propose(drafter: Any, requests: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Tensor:
+        return real(drafter, requests, at, hidden.roll(1, 1), *rest)
 
-    patch.setattr(decoding, "_pick_drafts", pick_drafts)
+    patch.setattr(drafting.ParallelDrafter, "propose", propose)
 
 
 def drafts_from_the_first_position(patch: Patch) -> None:
-    real = decoding._pick_drafts
+    real = drafting.ParallelDrafter.propose
 
-    def pick_drafts(stepper: Any, hidden: Tensor, counts: Sequence[int], *rest: Any) -> Any:
-        return real(stepper, hidden, [0] * len(counts), *rest)
+    def propose(drafter: Any, requests: Any, at: Sequence[int], *rest: Any) -> Tensor:
+        return real(drafter, requests, [0] * len(at), *rest)
 
-    patch.setattr(decoding, "_pick_drafts", pick_drafts)
+    patch.setattr(drafting.ParallelDrafter, "propose", propose)
 
 
 def noise_shared_by_a_batch(patch: Patch) -> None:
-    real = decoding.pick
-    patch.setattr(decoding, "pick", lambda logits, positions, seeds, how: real(logits, positions, seeds * 0, how))
+    noise_with(patch, lambda seeds, positions, how: (seeds * 0, positions, how))
 
 
 def noise_without_a_position(patch: Patch) -> None:
     """Each request draws its noise once: every token has the right law, the joint has not."""
-    real = decoding.pick
-    patch.setattr(decoding, "pick", lambda logits, positions, seeds, how: real(logits, positions * 0, seeds, how))
+    noise_with(patch, lambda seeds, positions, how: (seeds, positions * 0, how))
 
 
 BUGS: list[tuple[Callable[[Patch], None], Check]] = [
@@ -361,8 +359,8 @@ BUGS: list[tuple[Callable[[Patch], None], Check]] = [
     (accepts_then_redraws, law),
     (accepts_any_likely_draft, speculative),
     (accepts_any_likely_draft, law),
-    (drafts_of_another_row, drafting),
-    (drafts_from_the_first_position, drafting),
+    (drafts_of_another_row, drafts),
+    (drafts_from_the_first_position, drafts),
     (noise_shared_by_a_batch, law),
     (noise_without_a_position, law),
 ]
@@ -370,7 +368,7 @@ NAMES = [f"{bug.__qualname__.split('.')[0]}-{check.__name__}" for bug, check in 
 
 
 @pytest.mark.parametrize(
-    "check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, drafting, law, law_of_one_draft]
+    "check", [losses, no_head_peeks, cache_holds, speculative, greedy, logprobs, drafts, law, law_of_one_draft]
 )
 def test_holds_without_a_bug(check: Check) -> None:
     check()

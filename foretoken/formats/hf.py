@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from foretoken.config import Architecture, ModelConfig, RopeScaling, validated
 from foretoken.errors import CheckpointError
 
@@ -43,14 +46,30 @@ def main_name(name: str, config: ModelConfig) -> str | None:
     return "model." + name
 
 
-def heads_name(name: str) -> str | None:
-    """Name in `mtp_heads/` of our parameter `name`: heads 2..n count from 0, the shared final norm goes along."""
+def heads_name(name: str, config: ModelConfig) -> str | None:
+    """Name in `mtp_heads/` of our parameter `name`: EAGLE-3's for a sequential head, else heads 2..n count from 0.
+
+    The shared final norm goes along.
+    """
     if name == "norm.weight":
         return name
     if not name.startswith("heads."):
         return None
     depth, _, rest = name.removeprefix("heads.").partition(".")
-    return None if depth == "0" else f"heads.{int(depth) - 1}.{rest}"
+    if depth == "0":
+        return None
+    return f"midlayer.{rest}" if config.sequential else f"heads.{int(depth) - 1}.{rest}"
+
+
+def heads_constants(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in `mtp_heads/` that are no parameters of ours, as they must stand there.
+
+    EAGLE-3's `fc` (D, 3 D) mixes three layers' outputs. A sequential head reads the last of them, the trunk's.
+    """
+    if not config.sequential:
+        return {}
+    width = config.hidden_size
+    return {"fc.weight": torch.cat((torch.zeros(width, 2 * width), torch.eye(width)), 1).to(dtype)}
 
 
 def main_config(
@@ -89,12 +108,15 @@ def main_config(
 
 
 def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
-    """mtp_heads/config.json of kind `parallel`: what an EAGLE-3 drafter class that runs all heads is set up from.
+    """mtp_heads/config.json: what an EAGLE-3 drafter class is set up from; kind and n stand under our own key.
 
-    `hidden_size` is (n - 1) times the model's, the width in which such a class carries all heads' states at once; the
-    true width and the kind stand under our own key.
+    Of kind `sequential` it is a stock EAGLE-3 drafter's. Of kind `parallel` it is for a class that runs all heads, with
+    `hidden_size` (n - 1) times the model's, the width in which such a class carries all heads' states at once.
     """
-    n = config.n_future
+    n, layers = config.n_future, config.num_hidden_layers
+    own = {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size}
+    if config.sequential:
+        return eagle3_config(config, main) | {"foretoken": own}
     return main | {
         "architectures": ["MtpHeadsEagle3"],
         "model_type": "llama",
@@ -102,8 +124,28 @@ def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": (n - 1) * config.hidden_size,
         "head_dim": config.head_dim,
         "draft_vocab_size": config.vocab_size,
-        "eagle_aux_hidden_state_layer_ids": [config.num_hidden_layers - 1],
-        "foretoken": {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size},
+        "eagle_aux_hidden_state_layer_ids": [layers - 1],
+        "foretoken": own,
+    }
+
+
+def eagle3_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a one-layer EAGLE-3 drafter that reads the trunk's output, beside a model with config `main`.
+
+    Layer ids at top level count layers that have run (vLLM; llama.cpp: the layer whose input it is); those under
+    `eagle_config` name the layer whose output it is (SGLang, TensorRT-LLM). The last is the trunk's output.
+    """
+    ids = [config.num_hidden_layers - back for back in (3, 2, 1)]
+    return main | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "draft_vocab_size": config.vocab_size,
+        "eagle_aux_hidden_state_layer_ids": ids,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in ids], "use_aux_hidden_state": True},
     }
 
 

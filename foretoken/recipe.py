@@ -1,0 +1,71 @@
+"""Recipes: TOML files with dotted overrides, by path or by the name of a shipped one."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from foretoken.config import Recipe, validated
+from foretoken.errors import ConfigError
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a TOML file, or by the name of a shipped one, with overrides like `train.steps=100` applied.
+
+    Raises ConfigError for a file that is missing or not TOML, an unknown key, or a value that breaks a rule.
+    """
+    values = _read_toml(name_or_path)
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(Recipe, values, f"recipe {name_or_path}")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    names = (entry.name for entry in _recipe_folder().iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def _recipe_folder() -> Any:
+    return resources.files("foretoken") / "recipes"
+
+
+def _read_toml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif name_or_path in shipped_recipes():
+            text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        else:
+            raise ConfigError(
+                f"no recipe '{name_or_path}': neither a file nor one of the shipped {', '.join(shipped_recipes())}"
+            )
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name_or_path}: not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {name_or_path}: {error.strerror}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"override '{override}': write section.key=value, for example train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override '{override}': '{part}' is not a section")
+    section[parts[-1]] = value
+    if parts[0] == "model" and parts[-1] == "num_hidden_layers":
+        values["model"].pop("total_blocks", None)
+    if parts[0] == "model" and parts[-1] == "total_blocks":
+        values["model"].pop("num_hidden_layers", None)

@@ -1,0 +1,50 @@
+"""A prompt on its way through the decode loop, and what each step did for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward after the prefill: the tokens drafted for it, how many the target accepted, how many it committed.
+
+    committed is accepted + 1 unless the request ended inside the block.
+    """
+
+    drafted: tuple[int, ...]
+    accepted: int
+    committed: int
+
+
+@dataclass
+class Request:
+    """A prompt and what follows it. `commit` is called token by token, so an end cuts inside a block."""
+
+    prompt: list[int]
+    max_tokens: int
+    seed: int = 0
+    end_ids: frozenset[int] = frozenset()
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def commit(self, token: int, logprob: float) -> None:
+        """Append a token with the target's log-probability of it; sets `finish_reason` when it is the last."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.end_ids:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def length(self) -> int:
+        """Prompt and committed tokens."""
+        return len(self.prompt) + len(self.ids)
+
+    def since(self, position: int) -> list[int]:
+        """The tokens, of the prompt and committed, from an absolute position on."""
+        inside = position - len(self.prompt)
+        return self.ids[inside:] if inside >= 0 else self.prompt[position:] + self.ids
