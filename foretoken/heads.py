@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foretoken.config import ModelConfig
-from foretoken.layers import MLP, Attention, Block, Context, RMSNorm
+from foretoken.layers import MLP, Attention, Block, Context, RMSNorm, attention
 
 # What `rest` may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each position,
 # and the context whose rotary tables start at position d - 1.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 Ahead = Callable[[int], Tensor]
 ContextAt = Callable[[int], Context]
 
@@ -67,9 +71,7 @@ class SequentialHeads(nn.ModuleList):
         """
         states, keys, values = [z], list[Tensor](), list[Tensor]()
         for depth in range(1, self.depths + 1):
-            context = context_at(depth)
-            context = Context(context.cos, context.sin, _own_positions(context.mask, z.size(1), depth, z.device))
-            states.append(self[1](ahead(depth), states[-1], context, keys, values))
+            states.append(self[1](ahead(depth), states[-1], context_at(depth), keys, values))
         return states[1:]
 
     @torch.no_grad()
@@ -110,24 +112,77 @@ class SequentialBlock(nn.Module):
     ) -> Tensor:
         """Embeddings and states (B, T, D) -> states (B, T, D).
 
-        keys and values (B, T, Nkv, H) are those of earlier depths, which the mask covers first; this one's are added.
+        keys and values (B, T, Nkv, H) are those of the depths before, to which this one's are added.
         """
         both = torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
         q, k, v = self.self_attn.project(both, context)
         keys.append(k)
         values.append(v)
-        x = hidden + self.self_attn.attend(q, torch.cat(keys, 1), torch.cat(values, 1), context.mask)
+        # The merged form is for plain causal attention on a CPU; the masked one is its readable twin.
+        merged = len(keys) > 1 and context.mask is None and q.device.type == "cpu"
+        y = (merged_attention if merged else masked_attention)(q, keys, values, context.mask)
+        x = hidden + self.self_attn.o_proj(y.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-def _own_positions(mask: Tensor | None, length: int, depth: int, device: torch.device) -> Tensor | None:
-    """Mask (B or 1, 1, T, depth T) over the keys of depths 1..depth: `mask` or causal, then each position's own."""
-    if depth == 1:
-        return mask
-    if mask is None:
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-    own = torch.eye(length, dtype=torch.bool, device=device).expand_as(mask)
-    return torch.cat((mask, *[own] * (depth - 1)), -1)
+def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Queries (B, T, N, H) of depth d over keys and values (B, T, Nkv, H) of depths 1..d -> (B, T, N, H).
+
+    Those of depth 1 are seen as `mask` (B or 1, 1, T, T) says, by default causally; of the others a position sees its
+    own. Takes d times the memory and the work of plain attention.
+    """
+    T, depths = q.size(1), len(keys)
+    if depths > 1:
+        if mask is None:
+            mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
+        mask = torch.cat((mask, *[torch.eye(T, dtype=torch.bool, device=q.device).expand_as(mask)] * (depths - 1)), -1)
+    return attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask)
+
+
+def merged_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """As `masked_attention` without a mask: causal attention to depth 1, merged with a position's own keys."""
+    assert mask is None
+    groups = q.size(2) // keys[0].size(2)
+    k, v = ([t.repeat_interleave(groups, 2) for t in tensors] if groups > 1 else tensors for tensors in (keys, values))
+    own_keys, own_values = torch.stack(list(k[1:])), torch.stack(list(v[1:]))
+    return _MergedAttention.apply(q, k[0], v[0], own_keys, own_values)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _MergedAttention(torch.autograd.Function):
+    """softmax over [causal keys, own keys] without forming it.
+
+    The kernel gives the causal part and the logarithm of its normaliser; the own scores join in by their share of the
+    joint one. Its backward needs only the joint output and normaliser, as when attention is split over devices (Liu et
+    al. 2023, ring attention).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+        scale = q.size(-1) ** -0.5
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, T, H)
+        own_k, own_v = own_k.transpose(2, 3), own_v.transpose(2, 3)  # (d - 1, B, N, T, H)
+        y, lse = _flash(q, k, v, is_causal=True)
+        wide = lse.dtype
+        scores = (q.to(wide) * own_k.to(wide)).sum(-1) * scale  # (d - 1, B, N, T)
+        joint = torch.logsumexp(torch.cat((lse[None], scores)), 0)
+        shares = torch.exp(scores - joint)
+        y = torch.exp(lse - joint)[..., None] * y.to(wide) + (shares[..., None] * own_v.to(wide)).sum(0)
+        y = y.to(q.dtype)
+        ctx.save_for_backward(q, k, v, own_k, own_v, y, joint, shares)
+        return y.transpose(1, 2)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, own_k, own_v, y, joint, shares = ctx.saved_tensors
+        grad, scale, wide = grad.transpose(1, 2), q.size(-1) ** -0.5, joint.dtype
+        grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, y, joint, 0.0, True)
+        g = grad.to(wide)
+        grad_scores = (g * own_v.to(wide)).sum(-1) - (g * y.to(wide)).sum(-1)
+        grad_scores = (grad_scores * shares * scale)[..., None]
+        grad_q = grad_q + (grad_scores * own_k.to(wide)).sum(0).to(q.dtype)
+        grad_own_k, grad_own_v = (grad_scores * q.to(wide)).to(k.dtype), (shares[..., None] * g).to(v.dtype)
+        plain = (t.transpose(1, 2) for t in (grad_q, grad_k, grad_v))
+        return *plain, grad_own_k.transpose(2, 3), grad_own_v.transpose(2, 3)
 
 
 def make_heads(config: ModelConfig) -> ParallelHeads | SequentialHeads:

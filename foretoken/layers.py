@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.attend(*self.project(x, context), context.mask)
+        return self.o_proj(attention(*self.project(x, context), context.mask).flatten(2))  # type: ignore[no-any-return]
 
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, N, H) and keys, and values (B, T, Nkv, H), of x (B, T, inputs * D)."""
@@ -135,17 +135,18 @@ class Attention(nn.Module):
         cos, sin = context.cos[..., None, :].to(q.dtype), context.sin[..., None, :].to(q.dtype)  # (B, T, 1, H)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, D); causal without a mask."""
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, N, T, H)
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, N, H); causal without a mask (B, 1, T, S)."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),  # (B, N, T, H)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.size(2) != k.size(2),
+    )
+    return y.transpose(1, 2)
 
 
 class MLP(nn.Module):

@@ -30,7 +30,7 @@ from test_decode import NAMES, PROMPTS, SAMPLINGS
 from test_model import BACK, SELECT, WRITE
 from torch import Tensor
 
-from foretoken import loss
+from foretoken import heads, loss
 from foretoken.cache import KVCache
 from foretoken.checkpoint import describe, load_checkpoint, save_checkpoint
 from foretoken.config import ModelConfig, ModelRecipe, Shared
@@ -158,15 +158,13 @@ def token_before(patch: pytest.MonkeyPatch) -> None:
 
 def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
     """In training, later depths see the keys of other positions' drafts."""
-    from foretoken import heads
 
-    real = heads._own_positions
+    def own(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Any) -> Tensor:
+        T = q.size(1)
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+        return heads.attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask.repeat(1, 1, 1, len(keys)))
 
-    def own(mask: Any, length: int, depth: int, device: torch.device) -> Any:
-        found = real(mask, length, depth, device)
-        return found if depth == 1 else torch.cat([found[..., :length]] * depth, -1)
-
-    patch.setattr(heads, "_own_positions", own)
+    patch.setattr(heads, "merged_attention", own)
 
 
 def rotary_of_the_first_depth(patch: pytest.MonkeyPatch) -> None:
@@ -323,6 +321,41 @@ def test_weight_of_the_head_scales_what_it_trains() -> None:
     close(half, one / 2, "half the weight")
     assert not none.any()
     assert one.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("depths", [2, 4])
+def test_merged_attention_is_the_masked_one(dtype: torch.dtype, kv_heads: int, depths: int) -> None:
+    g = torch.Generator().manual_seed(depths)
+
+    def leaf(heads: int) -> Tensor:
+        return torch.randn(2, 11, heads, 8, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    q, keys, values = leaf(4), [leaf(kv_heads) for _ in range(depths)], [leaf(kv_heads) for _ in range(depths)]
+    upstream = torch.randn(2, 11, 4, 8, generator=g, dtype=torch.float64).to(dtype)
+    found = []
+    for form in (heads.masked_attention, heads.merged_attention):
+        y = form(q, keys, values, None)
+        found.append([y, *torch.autograd.grad(y, [q, *keys, *values], upstream)])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for masked, merged in zip(*found, strict=True):
+        assert merged.dtype == dtype
+        close(merged.double(), masked.double(), "merged", tolerance)
+
+
+def test_documents_are_kept_apart_at_every_depth() -> None:
+    """Packed documents read as each would alone, where what a depth is fed belongs to the document."""
+    model = sequential(peaked=False)
+    tokens = torch.randint(0, 17, (1, 10), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        packed = model(tokens, documents)
+        for start in (0, 5):
+            alone = model(tokens[:, start : start + 5])
+            for d in range(4):
+                rows = slice(start, start + 5 - d)
+                close(packed[d][:, rows], alone[d][:, : 5 - d], f"depth {d}, document at {start}", 1e-5)
 
 
 # Start and shape
