@@ -174,6 +174,46 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
     _print_json(values) if as_json else Display().table(values)
 
 
+export = typer.Typer(help="Write a checkpoint for other engines.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(export, name="export")
+
+
+@export.command("eagle3", epilog="Example: foretoken export eagle3 runs/demo runs/demo-eagle3")
+def export_eagle3(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="A new directory for the drafter.")],
+    as_json: Json = False,
+) -> None:
+    """The drafter as an EAGLE-3 directory with its own unembedding, for SGLang and TensorRT-LLM.
+
+    vLLM drafts with a sequential head's mtp_heads/ as it is.
+    """
+    from foretoken.display import Display
+    from foretoken.formats.eagle3 import export_eagle3 as run
+    from foretoken.formats.eagle3 import serving_commands
+
+    folder = run(checkpoint, out)
+    values = {"drafter": str(folder), "commands": serving_commands(checkpoint, folder)}
+    _print_json(values) if as_json else Display().table({"drafter": folder, **values["commands"]})
+
+
+@export.command("gguf", epilog="Example: foretoken export gguf runs/demo runs/demo-gguf --dtype f16")
+def export_gguf(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="A new directory for the files.")],
+    dtype: Annotated[str, typer.Option(help="Type of the matrices: f32, f16 or bf16.")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Model and drafter for llama.cpp: model.gguf and eagle3.gguf."""
+    from foretoken.display import Display
+    from foretoken.formats.gguf import export_gguf as run
+    from foretoken.formats.gguf import serving_command
+
+    files = [str(path) for path in run(checkpoint, out, dtype)]
+    values = {"files": files, "commands": {"llama_server": serving_command(files)}}
+    _print_json(values) if as_json else Display().table({"files": " ".join(files), **values["commands"]})
+
+
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")
 def train_tokenizer(
     data: Annotated[list[str], typer.Argument(help="Files, folders, globs, stdlib or hf:NAME.")],

@@ -1,9 +1,12 @@
-"""JSON objects in files."""
+"""JSON objects in files, and directories that appear when they are complete."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +29,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` by one rename when the block ends without an error.
+
+    Raises CheckpointError where `path` exists or cannot be written; then nothing is left behind.
+    """
+    target = Path(path)
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; choose another directory")
+    staging = target.parent / f".{target.name}.incomplete-{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        os.rename(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

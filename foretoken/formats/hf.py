@@ -62,12 +62,12 @@ def heads_name(name: str, config: ModelConfig) -> str | None:
 
 
 def heads_constants(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors in `mtp_heads/` that are no parameters of ours, as they must stand there.
+    """Tensors in `mtp_heads/` that are no parameters of ours, as they must stand there."""
+    return eagle3_constants(config, dtype) if config.sequential else {}
 
-    EAGLE-3's `fc` (D, 3 D) mixes three layers' outputs. A sequential head reads the last of them, the trunk's.
-    """
-    if not config.sequential:
-        return {}
+
+def eagle3_constants(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """EAGLE-3's `fc` (D, 3 D), which mixes three layers' outputs: our heads read the last of them, the trunk's."""
     width = config.hidden_size
     return {"fc.weight": torch.cat((torch.zeros(width, 2 * width), torch.eye(width)), 1).to(dtype)}
 

@@ -1,0 +1,1 @@
+"""Experiments: one file each, on the public pieces alone."""
