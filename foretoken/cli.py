@@ -32,6 +32,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 def demo(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
     n_future: Annotated[int, typer.Option(help="Tokens predicted at each position; 1 is an ordinary model.")] = 4,
+    head_kind: Annotated[
+        str, typer.Option(help="parallel: a head per token; sequential: one that drafts on.")
+    ] = "parallel",
+    drafts: Annotated[int | None, typer.Option(help="Drafts per step. Default: n-future - 1.")] = None,
     width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 128,
     layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 8,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.")] = 24,
@@ -46,8 +50,9 @@ def demo(
 
     with Display(quiet_text=as_json) as display:
         result = run_demo(
-            display, out, minutes, n_future, width, layers, prompt_count=prompts, max_tokens=max_tokens, seed=seed
-        )
+            display, out, minutes, n_future, width, layers, head_kind=head_kind, drafts=drafts, prompt_count=prompts,
+            max_tokens=max_tokens, seed=seed,
+        )  # fmt: skip
     _print_json(result) if as_json else display.next_commands(result)
 
 
@@ -174,7 +179,7 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
     _print_json(values) if as_json else Display().table(values)
 
 
-export = typer.Typer(help="Write a checkpoint for other engines.", no_args_is_help=True, rich_markup_mode=None)
+export = typer.Typer(help="Write a checkpoint for other engines.", rich_markup_mode=None)
 app.add_typer(export, name="export")
 
 
@@ -193,8 +198,11 @@ def export_eagle3(
     from foretoken.formats.eagle3 import serving_commands
 
     folder = run(checkpoint, out)
-    values = {"drafter": str(folder), "commands": serving_commands(checkpoint, folder)}
-    _print_json(values) if as_json else Display().table({"drafter": folder, **values["commands"]})
+    commands = serving_commands(checkpoint, folder)
+    if as_json:
+        _print_json({"drafter": str(folder), "commands": commands})
+    else:
+        Display().table({"drafter": str(folder), **commands})
 
 
 @export.command("gguf", epilog="Example: foretoken export gguf runs/demo runs/demo-gguf --dtype f16")
@@ -210,8 +218,11 @@ def export_gguf(
     from foretoken.formats.gguf import serving_command
 
     files = [str(path) for path in run(checkpoint, out, dtype)]
-    values = {"files": files, "commands": {"llama_server": serving_command(files)}}
-    _print_json(values) if as_json else Display().table({"files": " ".join(files), **values["commands"]})
+    commands = {"llama_server": serving_command(checkpoint, files)}
+    if as_json:
+        _print_json({"files": files, "commands": commands})
+    else:
+        Display().table({"files": " ".join(files), **commands})
 
 
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")

@@ -32,7 +32,7 @@ from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.metrics import Record
 from foretoken.model import Model
 from foretoken.recipe import load_recipe
-from foretoken.report import write_report
+from foretoken.report import other_kind, write_report
 from foretoken.tokenizer import Tokenizer
 from foretoken.train import TrainResult, train
 
@@ -50,6 +50,8 @@ def run_demo(
     width: int,
     layers: int,
     *,
+    head_kind: str = "parallel",
+    drafts: int | None = None,
     prompt_count: int = 24,
     max_tokens: int = 200,
     seed: int = 0,
@@ -58,7 +60,9 @@ def run_demo(
 
     Raises ConfigError for a shape that cannot be and KeyboardInterrupt when training was stopped (it is saved).
     """
-    recipe = _recipe(n_future, width, layers, seed)
+    recipe = _recipe(n_future, width, layers, seed, head_kind)
+    drafts = n_future - 1 if drafts is None else drafts
+    _check_drafts(head_kind, n_future, drafts)
     if not 0 < minutes < math.inf or prompt_count < 1 or max_tokens < 1:
         raise ConfigError("--minutes, --prompts and --max-tokens must be above 0")
     positions = recipe.train.seq_len
@@ -76,9 +80,12 @@ def run_demo(
     progress = display.count("held-out bytes scored")
     scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
     prompts = held_out_prompts([document.text for document in documents], prompt_count)
-    compared = {t: compare(model, tokenizer, prompts, t, max_tokens, seed, display) for t in (0.0, SAMPLED_TEMPERATURE)}
-    greedy, sampled = compared[0.0], compared[SAMPLED_TEMPERATURE]
+    greedy, sampled = (
+        compare(model, tokenizer, prompts, temperature, max_tokens, seed, display, (drafts,))[drafts]
+        for temperature in (0.0, SAMPLED_TEMPERATURE)
+    )
     _show(display, tokenizer, greedy, sampled, n_future)
+    display.result(other_kind(head_kind))
 
     result = {
         "bits_per_byte": scored["heads"][0]["bits_per_byte"],
@@ -87,12 +94,15 @@ def run_demo(
         "prompts": len(prompts),
         "train_seconds": trained.seconds,
         "checkpoint": str(out),
-        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --width {width} --layers {layers} "
+        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --head-kind {head_kind} "
+        f"--drafts {drafts} --width {width} --layers {layers} "
         f"--prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
         "sampled": {"temperature": SAMPLED_TEMPERATURE, **sampled.figures()},
         "evaluation": scored,
         "max_tokens": max_tokens,
         "n_future": n_future,
+        "head_kind": head_kind,
+        "drafts": drafts,
         "steps": trained.step,
         "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
@@ -171,25 +181,27 @@ def compare(
     max_tokens: int,
     seed: int,
     display: Display,
-) -> Comparison:
-    """Decode every prompt plainly and with all heads, one after the other, so that both meet the same machine."""
-    generate(model, tokenizer, prompts[0], max_tokens=16, temperature=temperature)  # warm up
-    runs: dict[int | None, tuple[list[Generation], list[float]]] = {0: ([], []), None: ([], [])}
+    drafts: Sequence[int],
+) -> dict[int, Comparison]:
+    """Decode every prompt plainly and with each number of drafts, in turn, so that all meet the same machine."""
+    runs: dict[int, tuple[list[Generation], list[float]]] = {k: ([], []) for k in dict.fromkeys((0, *drafts))}
+    for k in runs:  # warm up
+        generate(model, tokenizer, prompts[0], max_tokens=16, temperature=temperature, drafts=k)
     for index, prompt in enumerate(prompts):
-        for drafts, (generations, seconds) in runs.items():
+        for k, (generations, seconds) in runs.items():
             began = time.perf_counter()
             options: Options = {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
                 "seed": seed + index,
-                "drafts": drafts,
+                "drafts": k,
                 "ignore_eos": True,
             }
             generations.append(generate(model, tokenizer, prompt, **options))
             seconds.append(time.perf_counter() - began)
         last = index + 1 == len(prompts)
         display.progress(f"Decoding held-out prompts at temperature {temperature:g}: {index + 1}/{len(prompts)}", last)
-    return Comparison(temperature, runs[0][0], runs[None][0], runs[0][1], runs[None][1])
+    return {k: Comparison(temperature, runs[0][0], runs[k][0], runs[0][1], runs[k][1]) for k in drafts}
 
 
 def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:
@@ -212,11 +224,18 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def _recipe(n_future: int, width: int, layers: int, seed: int) -> Recipe:
+def _check_drafts(head_kind: str, n_future: int, drafts: int) -> None:
+    most = 32 if head_kind == "sequential" and n_future > 1 else n_future - 1
+    if not 0 <= drafts <= most:
+        raise ConfigError(f"--drafts {drafts}: must be from 0 to {most} for {n_future} {head_kind} heads")
+
+
+def _recipe(n_future: int, width: int, layers: int, seed: int, head_kind: str) -> Recipe:
     if width % 64 or width < 64:
         raise ConfigError(f"--width {width}: must be a multiple of 64")
     shape = [f"model.n_future={n_future}", f"model.hidden_size={width}", f"model.num_attention_heads={width // 32}"]
-    return load_recipe("demo", (*shape, f"model.num_hidden_layers={layers}", f"train.seed={seed}"))
+    shape += [f'model.head_kind="{head_kind}"', f"model.num_hidden_layers={layers}"]
+    return load_recipe("demo", (*shape, f"train.seed={seed}"))
 
 
 def _clear(out: Path, display: Display) -> None:

@@ -258,7 +258,11 @@ class SequentialStack(BlockStack):
 
     def draft(self, embedded: Tensor, hidden: Tensor, context: Context, positions: Tensor, cache: KVCache) -> Tensor:
         """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`."""
-        sides = (unit_rms(embedded, self.eps) * self.norm_1[0], unit_rms(hidden, self.eps) * self.hidden_norm[0])
+        width = (hidden.size(-1),)
+        sides = (
+            F.rms_norm(embedded, width, self.norm_1[0, 0], self.eps),
+            F.rms_norm(hidden, width, self.hidden_norm[0, 0], self.eps),
+        )
         return self._run(torch.cat(sides, -1)[None], hidden[None], context, positions, cache, 0)[0]
 
 

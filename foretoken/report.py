@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import io
+import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ def write_report(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>foretoken demo</title><style>{STYLE}</style>
 <h1>A model that predicts {result["n_future"]} tokens at a time</h1>
 <p>Trained for {result["train_seconds"]:.0f} seconds on the Python standard library; {result["prompts"]} held-out
-prompts continued by {result["max_tokens"]} bytes each, plainly and with the extra heads as drafts.</p>
+prompts continued by {result["max_tokens"]} bytes each, plainly and with {result["drafts"]} drafts a step from
+{result["head_kind"]} heads.</p>
+<p>{html.escape(other_kind(result["head_kind"]))}</p>
 <table><tr><th></th><th>greedy</th><th>temperature {sampled["temperature"]:g}</th></tr>{table}</table>
 <figure>{_loss_plot(records)}</figure><figure>{_steps_plot(records, result)}</figure>
 <figure>{_acceptance_plot(result)}</figure>
@@ -114,3 +118,17 @@ def _text(tokenizer: Tokenizer, generation: Generation) -> str:
         for piece, head in zip(token_pieces(tokenizer, generation), generation.sources, strict=True)
     )
     return f'<pre><span class="dim">{html.escape(generation.prompt)}</span>{spans}</pre>'
+
+
+def other_kind(kind: str) -> str:
+    """What the other kind of head gave in the stored comparison, `lab/head_kinds.json`; made anew by its command."""
+    stored = json.loads((resources.files("foretoken.lab") / "head_kinds.json").read_text(encoding="utf-8"))
+    other = "sequential" if kind == "parallel" else "parallel"
+    minutes = min(stored["budgets"], key=float)
+    best = stored["budgets"][minutes][other]["sampled"]["best"]
+    return (
+        f"The other kind: in the stored comparison ({minutes} minutes of training, {len(stored['seeds'])} seeds) "
+        f"{other} heads gave {best['tokens_per_step']['mean']:.2f} tokens per step at temperature "
+        f"{stored['temperature']:g} with {best['drafts']} drafts, {best['speedup']['mean']:.2f}x as fast as plain "
+        f"decoding. Try it: foretoken demo --head-kind {other}"
+    )

@@ -196,6 +196,35 @@ def test_demo_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert f"foretoken evaluate {tmp_path}/demo" in again.out
 
 
+def test_demo_with_a_sequential_head(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more drafts than it was trained for; the report says what the other kind gives."""
+    pytest.importorskip("matplotlib")
+    demo = [*small_demo(tmp_path, monkeypatch), "--head-kind", "sequential", "--layers", 3, "--drafts", 3]
+    done = run(*demo)
+    assert done.code == 0, done.errors
+    assert "The other kind: in the stored comparison" in done.out
+    assert "foretoken demo --head-kind parallel" in (tmp_path / "demo" / "report.html").read_text()
+    values = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert (values["head_kind"], values["drafts"], values["outputs_equal"]) == ("sequential", 3, True)
+    assert len(values["accepted_by_position"]) == 3
+    assert "--head-kind sequential --drafts 3" in values["command"]
+    assert run("info", tmp_path / "demo", "--json").json["head_kind"] == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--head-kind", "chain"), "head_kind"),
+        (("--head-kind", "sequential", "--layers", "2"), "num_hidden_layers = 2"),
+        (("--drafts", "4"), "--drafts 4: must be from 0 to 3 for 4 parallel heads"),
+        (("--head-kind", "sequential", "--drafts", "33"), "--drafts 33: must be from 0 to 32"),
+    ],
+)
+def test_mistakes_in_demo(run: Run, tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    wrong(run("demo", "--out", tmp_path / "demo", *options), says)
+    assert not (tmp_path / "demo").exists()
+
+
 def small_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Options of a demo of seconds; the recipe's corpus is replaced, for the standard library takes seconds to read."""
     from foretoken import demo

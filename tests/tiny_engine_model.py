@@ -1,4 +1,4 @@
-"""A byte model of a few thousand steps' worth in seconds, for engines to load: `python tests/tiny_engine_model.py OUT`."""
+"""A byte model that engines load, trained in seconds: `python tests/tiny_engine_model.py OUT`."""
 
 from __future__ import annotations
 

@@ -66,15 +66,20 @@ def drafter_tensors(model: Model, where: str) -> dict[str, Tensor]:
     return tensors | {"norm.weight": model.norm.weight.detach()} | hf.eagle3_constants(config, model.dtype)
 
 
-def serving_commands(checkpoint: str | Path, drafter: Path) -> dict[str, str]:
-    """How each engine is told of the drafter. A head that is no sequential one drafts one token well, not more."""
+def drafts_to_make(checkpoint: str | Path) -> int:
+    """Drafts per step that engines do well with: a head that is no sequential one drafts one token well, not more."""
     own = read_json(find_checkpoint(checkpoint) / HEADS / "config.json")["foretoken"]
-    drafts = own["n_future"] - 1 if own["head_kind"] == "sequential" else 1
+    return int(own["n_future"]) - 1 if own["head_kind"] == "sequential" else 1
+
+
+def serving_commands(checkpoint: str | Path, drafter: Path) -> dict[str, str]:
+    """How each engine is told of the drafter."""
+    folder, drafts = find_checkpoint(checkpoint), drafts_to_make(checkpoint)
     layers = read_json(drafter / "config.json")["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": drafts}
     return {
-        "vllm": f"vllm serve {checkpoint} --speculative-config '{json.dumps(speculative)}'",
-        "sglang": f"python -m sglang.launch_server --model-path {checkpoint} --speculative-algorithm EAGLE3 "
+        "vllm": f"vllm serve {folder} --speculative-config '{json.dumps(speculative)}'",
+        "sglang": f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE3 "
         f"--speculative-draft-model-path {drafter} --speculative-num-steps {drafts} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {drafts + 1}",
         "tensorrt_llm": f'Eagle3DecodingConfig(max_draft_len={drafts}, speculative_model="{drafter}", '

@@ -19,7 +19,7 @@ from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import new_directory
 from foretoken.formats import hf
-from foretoken.formats.eagle3 import drafter_tensors
+from foretoken.formats.eagle3 import drafter_tensors, drafts_to_make
 from foretoken.tokenizer import Tokenizer
 
 MODEL, DRAFTER = "model.gguf", "eagle3.gguf"
@@ -105,7 +105,7 @@ def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[s
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2" if merges else "default",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if i in control else 1 for i in range(vocab_size)],
+        "tokenizer.ggml.token_type": [3 if i in control else 4 if i in added else 1 for i in range(vocab_size)],
         # llama.cpp does not load a list without merges; this pair never meets
         "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
         "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
@@ -156,7 +156,10 @@ def _renamed(tensors: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[st
         yield f"blk.{layer}.{_BLOCK[rest]}.weight", tensor.contiguous()
 
 
-def serving_command(files: list[str]) -> str:
+def serving_command(checkpoint: str | Path, files: list[str]) -> str:
     """How llama.cpp's server is started on the files that `export_gguf` wrote."""
-    drafting = f" --spec-type draft-eagle3 -md {files[1]} --spec-draft-n-max 3 --spec-draft-p-min 0"
-    return f"llama-server -m {files[0]}" + (drafting if len(files) > 1 else "")
+    command = f"llama-server -m {files[0]}"
+    if len(files) == 1:
+        return command
+    drafts = drafts_to_make(checkpoint)
+    return f"{command} --spec-type draft-eagle3 -md {files[1]} --spec-draft-n-max {drafts} --spec-draft-p-min 0"

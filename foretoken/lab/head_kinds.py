@@ -5,13 +5,15 @@
 1. probe: a few steps of each arm, one after the other in rounds, so that all meet the same machine. Their median gives
    the steps that fit into the minutes; an arm whose steps cost more takes fewer.
 2. train: the shipped recipe `demo`, an arm, a seed and a number of steps at a time. Finished runs are kept.
-3. measure: held-out files scored by every head; held-out prompts continued plainly and with drafts, K by K.
-4. report: one JSON of all figures, and the table in the docs that is made from it.
+3. report, first part: held-out files scored by every head; held-out prompts continued plainly and with drafts, K by K.
+4. report, second part: writes one JSON of all figures and prints the table in the docs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,10 +22,14 @@ from typing import Any
 
 import torch
 
+from foretoken.checkpoint import load_checkpoint
 from foretoken.config import Recipe
+from foretoken.demo import SAMPLED_TEMPERATURE, compare, held_out_prompts
 from foretoken.display import Display
+from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import read_json, write_json
 from foretoken.metrics import Record
+from foretoken.model import Model
 from foretoken.recipe import load_recipe
 from foretoken.train import train
 
@@ -34,7 +40,8 @@ ARMS = {
 }
 DRAFTS = {"one": (), "parallel": (3,), "sequential": (3, 4, 5)}
 PROBE_ROUNDS, PROBE_STEPS = 4, 15
-NAME = "head-kinds"
+SCORED_BYTES, PROMPTS, MAX_TOKENS = 100_000, 12, 200
+RESULT = "head_kinds.json"
 
 
 def arm_recipe(arm: str, seed: int, steps: int) -> Recipe:
@@ -100,20 +107,150 @@ def train_all(out: Path, arms: Sequence[str], minutes: Sequence[float], seeds: S
             raise KeyboardInterrupt
 
 
+def measure(folder: Path, arm: str, display: Display) -> dict[str, Any]:
+    """Figures of one trained run, kept in its folder/measured.json."""
+    path = folder / "measured.json"
+    if path.exists():
+        return read_json(path)
+    display.say(f"Measuring {folder.name}")
+    model, tokenizer = load_checkpoint(folder, "float32")
+    documents = list(evaluation_documents(folder))
+    random.Random(0).shuffle(documents)
+    scored = evaluate(model, documents, tokenizer, max_bytes=SCORED_BYTES).to_json()
+    along = {model.config.n_future - 1: scored["predicted_tokens_per_step"]}
+    for drafts in DRAFTS[arm]:
+        if drafts not in along:
+            deeper = evaluate(unrolled(model, drafts + 1), documents, tokenizer, max_bytes=SCORED_BYTES)
+            along[drafts] = deeper.predicted_tokens_per_step
+    prompts = held_out_prompts([document.text for document in documents], PROMPTS)
+    decoded: dict[str, Any] = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", SAMPLED_TEMPERATURE)):
+        found = compare(model, tokenizer, prompts, temperature, MAX_TOKENS, 0, display, DRAFTS[arm])
+        decoded[name] = {str(k): comparison.figures() for k, comparison in found.items()}
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = {
+        "bits_per_byte": scored["heads"][0]["bits_per_byte"],
+        "heads": scored["heads"],
+        "along_text": {str(k): value for k, value in along.items()},
+        "steps": max(record["step"] for record in steps),
+        **decoded,
+    }
+    write_json(path, result)
+    return result
+
+
+def unrolled(model: Model, n: int) -> Model:
+    """The same weights with the sequential head unrolled to n - 1 depths."""
+    deeper = Model(model.config.model_copy(update={"n_future": n}))
+    deeper.load_state_dict(model.state_dict())
+    return deeper.eval()
+
+
+def report(out: Path, minutes: Sequence[float], seeds: Sequence[int], display: Display) -> dict[str, Any]:
+    """All figures, as RESULT beside this file holds them; runs that are not there are left out."""
+    budgets: dict[str, Any] = {}
+    for arm, length, seed, folder in runs(out, tuple(ARMS), minutes, seeds):
+        if (folder / "config.json").exists():
+            found = budgets.setdefault(f"{length:g}", {}).setdefault(arm, {"seeds": [], "runs": []})
+            found["seeds"].append(seed)
+            found["runs"].append(measure(folder, arm, display))
+    for arms in budgets.values():
+        for arm, values in arms.items():
+            measured = values.pop("runs")
+            values["steps"] = measured[0]["steps"]
+            values["bits_per_byte"] = _spread([run["bits_per_byte"] for run in measured])
+            values["along_text"] = {
+                k: _spread([run["along_text"][k] for run in measured]) for k in measured[0]["along_text"]
+            }
+            for name in ("greedy", "sampled"):
+                values[name] = {str(k): _decoded([run[name][str(k)] for run in measured]) for k in DRAFTS[arm]}
+                if DRAFTS[arm]:
+                    best = max(DRAFTS[arm], key=lambda k: values[name][str(k)]["speedup"]["mean"])
+                    values[name]["best"] = {"drafts": best, **values[name][str(best)]}
+    probed = read_json(out / "probe.json")
+    return {
+        "command": f"python -m foretoken.lab.head_kinds all --minutes {' '.join(f'{m:g}' for m in minutes)} "
+        f"--seeds {' '.join(map(str, seeds))}",
+        "machine": probed["machine"],
+        "seconds_per_step": probed["seconds_per_step"],
+        "seeds": list(seeds),
+        "temperature": SAMPLED_TEMPERATURE,
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "scored_bytes": SCORED_BYTES,
+        "budgets": budgets,
+    }
+
+
+FIGURES = ("tokens_per_step", "step_cost", "speedup", "distinct_8grams")
+
+
+def _decoded(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    positions = zip(*(f["accepted_by_position"] for f in figures), strict=True)
+    return {
+        **{name: _spread([f[name] for f in figures]) for name in FIGURES},
+        "accepted_by_position": [statistics.mean(values) for values in positions],
+        "outputs_equal": all(f["outputs_equal"] for f in figures),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": statistics.mean(values), "values": list(values)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown: means over the seeds, lowest and highest in brackets."""
+    columns = (
+        "minutes", "heads", "seeds", "steps", "bits per byte", "K", "tokens per step, greedy (distinct 8-grams)",
+        "T = 0.8", "along text", "step cost, T = 0.8", "speedup, greedy", "T = 0.8", "all equal",
+    )  # fmt: skip
+    rows = [columns, ("---",) * len(columns)]
+    for minutes, arms in result["budgets"].items():
+        for arm, values in arms.items():
+            first = (minutes, arm, str(len(values["seeds"])), str(values["steps"]), _shown(values["bits_per_byte"]))
+            if not DRAFTS[arm]:
+                rows.append((*first, "0", *[""] * 7))
+            for k in map(str, DRAFTS[arm]):
+                greedy, sampled = values["greedy"][k], values["sampled"][k]
+                rows.append(
+                    (
+                        *first,
+                        k,
+                        f"{_shown(greedy['tokens_per_step'])} ({greedy['distinct_8grams']['mean']:.2f})",
+                        _shown(sampled["tokens_per_step"]),
+                        _shown(values["along_text"][k]),
+                        _shown(sampled["step_cost"]),
+                        _shown(greedy["speedup"]),
+                        _shown(sampled["speedup"]),
+                        "yes" if greedy["outputs_equal"] and sampled["outputs_equal"] else "NO",
+                    )
+                )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(spread: dict[str, Any]) -> str:
+    low, high = min(spread["values"]), max(spread["values"])
+    return f"{spread['mean']:.2f} [{low:.2f} - {high:.2f}]"
+
+
 def main() -> None:
     """Entry point of `python -m foretoken.lab.head_kinds`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("probe", "train", "measure", "report", "all"))
-    parser.add_argument("--out", type=Path, default=Path("runs") / NAME)
+    parser.add_argument("stage", choices=("probe", "train", "report", "all"))
+    parser.add_argument("--out", type=Path, default=Path("runs") / "head-kinds")
     parser.add_argument("--minutes", type=float, nargs="+", default=[3, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="arms to train")
     options = parser.parse_args()
     with Display() as display:
-        if options.stage in ("probe", "train", "all"):
+        if options.stage != "report":
             probe(options.out, tuple(ARMS), display)
         if options.stage in ("train", "all"):
             train_all(options.out, options.arms, options.minutes, options.seeds, display)
+        if options.stage in ("report", "all"):
+            result = report(options.out, options.minutes, options.seeds, display)
+            write_json(options.out / RESULT, result)
+            print(table(result))
 
 
 if __name__ == "__main__":

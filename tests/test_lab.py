@@ -1,0 +1,64 @@
+"""The experiments run from end to end, at a size of seconds, and the docs show what is stored."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from small_runs import write_corpus
+
+from foretoken.config import Recipe
+from foretoken.display import Display
+from foretoken.lab import head_kinds
+from foretoken.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def stored() -> dict[str, object]:
+    text = (resources.files("foretoken.lab") / head_kinds.RESULT).read_text(encoding="utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def test_docs_hold_the_table_of_the_stored_result() -> None:
+    page = (ROOT / "docs" / "head-kinds.md").read_text(encoding="utf-8")
+    assert head_kinds.table(stored()) in page
+
+
+def test_head_kinds_runs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path)
+    for i in range(24):
+        (corpus / "text" / f"more_{i}.py").write_text(f"def more_{i}(x):\n    return x * {i}\n" * 40)
+
+    def small(arm: str, seed: int, steps: int) -> Recipe:
+        more = (
+            f'data.source=["{corpus}/text"]', f"data.cache_dir={corpus}/cache", "data.validation_fraction=0.4",
+            "model.hidden_size=32", "model.num_attention_heads=2", "model.num_hidden_layers=3", "train.batch_size=1",
+            "train.seq_len=200", "train.eval_windows=2", "train.eval_every=0", f"train.seed={seed}",
+            f"train.steps={min(steps, 5)}",
+        )  # fmt: skip
+        return load_recipe("demo", (*head_kinds.ARMS[arm], *more))
+
+    monkeypatch.setattr(head_kinds, "arm_recipe", small)
+    monkeypatch.setattr(head_kinds, "PROBE_ROUNDS", 1)
+    monkeypatch.setattr(head_kinds, "MAX_TOKENS", 8)
+    monkeypatch.setattr(head_kinds, "PROMPTS", 2)
+    out = tmp_path / "runs"
+    with Display(quiet_text=True) as display:
+        for _ in range(2):  # the second time everything is there
+            head_kinds.train_all(out, tuple(head_kinds.ARMS), [0.01], [0, 1], display)
+            result = head_kinds.report(out, [0.01], [0, 1], display)
+    arms = result["budgets"]["0.01"]
+    assert {arm: sorted(values["seeds"]) for arm, values in arms.items()} == {arm: [0, 1] for arm in head_kinds.ARMS}
+    assert set(arms["sequential"]["sampled"]) == {"3", "4", "5", "best"}
+    assert set(arms["sequential"]["along_text"]) == {"3", "4", "5"}
+    assert all(arms["sequential"]["greedy"][k]["outputs_equal"] for k in "345")
+    rows = head_kinds.table(result).splitlines()
+    assert len(rows) == 2 + 1 + 1 + 3
+    assert len({row.count("|") for row in rows}) == 1
+    assert "Measuring" in capsys.readouterr().err
+    assert set(arms["parallel"]) == set(stored()["budgets"]["3"]["parallel"])  # type: ignore[index]
