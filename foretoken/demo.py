@@ -9,36 +9,31 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import random
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Comparison, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
-from foretoken.completion import Generation, Options, generate, token_pieces
+from foretoken.completion import token_pieces
 from foretoken.config import Recipe
 from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.evaluate import evaluate, evaluation_documents
+from foretoken.files import write_json
+from foretoken.lab.stored import other_kind
 from foretoken.metrics import Record
-from foretoken.model import Model
 from foretoken.recipe import load_recipe
-from foretoken.report import other_kind, write_report
+from foretoken.report import write_report
 from foretoken.tokenizer import Tokenizer
 from foretoken.train import TrainResult, train
 
-PROMPT_BYTES = 128
 EVALUATED_BYTES = 200_000
-SAMPLED_TEMPERATURE = 0.8
 RESULT = "demo.json"
 
 
@@ -61,15 +56,8 @@ def run_demo(
     Raises ConfigError for a shape that cannot be and KeyboardInterrupt when training was stopped (it is saved).
     """
     recipe = _recipe(n_future, width, layers, seed, head_kind)
-    drafts = n_future - 1 if drafts is None else drafts
-    _check_drafts(head_kind, n_future, drafts)
-    if not 0 < minutes < math.inf or prompt_count < 1 or max_tokens < 1:
-        raise ConfigError("--minutes, --prompts and --max-tokens must be above 0")
-    positions = recipe.train.seq_len
-    if PROMPT_BYTES + 1 + max_tokens > positions:
-        raise ConfigError(f"--max-tokens {max_tokens}: at most {positions - PROMPT_BYTES - 1} fit behind the prompts")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("the demo's report needs: pip install 'foretoken[demo]'")
+    drafts = _drafts(drafts, head_kind, n_future)
+    _check(recipe, minutes, prompt_count, max_tokens)
     _clear(out, display)
 
     trained, records = _train(display, out, recipe, minutes)
@@ -94,9 +82,8 @@ def run_demo(
         "prompts": len(prompts),
         "train_seconds": trained.seconds,
         "checkpoint": str(out),
-        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --head-kind {head_kind} "
-        f"--drafts {drafts} --width {width} --layers {layers} "
-        f"--prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
+        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --head-kind {head_kind} --drafts "
+        f"{drafts} --width {width} --layers {layers} --prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
         "sampled": {"temperature": SAMPLED_TEMPERATURE, **sampled.figures()},
         "evaluation": scored,
         "max_tokens": max_tokens,
@@ -107,9 +94,19 @@ def run_demo(
         "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
     }
-    (out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out / RESULT, result)
     write_report(out / "report.html", records, result, sampled.drafted[:4], tokenizer)
     return result
+
+
+def _check(recipe: Recipe, minutes: float, prompt_count: int, max_tokens: int) -> None:
+    if not 0 < minutes < math.inf or prompt_count < 1 or max_tokens < 1:
+        raise ConfigError("--minutes, --prompts and --max-tokens must be above 0")
+    room = recipe.train.seq_len - PROMPT_BYTES - 1
+    if max_tokens > room:
+        raise ConfigError(f"--max-tokens {max_tokens}: at most {room} fit behind the prompts")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the demo's report needs: pip install 'foretoken[demo]'")
 
 
 def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple[TrainResult, list[Record]]:
@@ -120,7 +117,7 @@ def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple
 
     def report(record: Record) -> None:
         if record["kind"] == "start":
-            (out / RESULT).write_text("{}\n", encoding="utf-8")  # so that a demo begun is known as one
+            write_json(out / RESULT, {})  # so that a demo begun is known as one
         records.append(record)
         display.record(record)
 
@@ -131,103 +128,12 @@ def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple
     return trained, records
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same prompts decoded plainly and self-speculatively, with the seconds each took."""
-
-    temperature: float
-    plain: list[Generation]
-    drafted: list[Generation]
-    plain_seconds: list[float]
-    drafted_seconds: list[float]
-
-    @property
-    def outputs_equal(self) -> bool:
-        """Whether every prompt gave the same ids both ways."""
-        return all(a.ids == b.ids for a, b in zip(self.plain, self.drafted, strict=True))
-
-    def accepted_by_position(self) -> list[float]:
-        """For each drafted position, the share of steps whose drafts were accepted up to it."""
-        steps = [step for generation in self.drafted for step in generation.steps]
-        most = max((len(step.drafted) for step in steps), default=0)
-        return [sum(step.accepted > k for step in steps) / len(steps) for k in range(most)]
-
-    def figures(self) -> dict[str, Any]:
-        """Tokens per step, step cost, speedup and what they rest on; times are of whole requests, prefill included."""
-        steps = sum(len(g.steps) for g in self.drafted)
-        plain_steps = sum(len(g.steps) for g in self.plain)
-        plain, drafted = sum(self.plain_seconds), sum(self.drafted_seconds)
-        ratios = sorted(a / b for a, b in zip(self.plain_seconds, self.drafted_seconds, strict=True))
-        return {
-            "tokens_per_step": sum(s.committed for g in self.drafted for s in g.steps) / max(1, steps),
-            "step_cost": (drafted / max(1, steps)) / (plain / max(1, plain_steps)),
-            "speedup": plain / drafted,
-            "speedup_range": [ratios[0], statistics.median(ratios), ratios[-1]],
-            "milliseconds_per_token": {
-                "plain": 1e3 * plain / sum(len(g.ids) for g in self.plain),
-                "self_speculative": 1e3 * drafted / sum(len(g.ids) for g in self.drafted),
-            },
-            "accepted_by_position": self.accepted_by_position(),
-            "outputs_equal": self.outputs_equal,
-            "distinct_8grams": distinct_ngrams([g.ids for g in self.plain], 8),
-        }
-
-
-def compare(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    temperature: float,
-    max_tokens: int,
-    seed: int,
-    display: Display,
-    drafts: Sequence[int],
-) -> dict[int, Comparison]:
-    """Decode every prompt plainly and with each number of drafts, in turn, so that all meet the same machine."""
-    runs: dict[int, tuple[list[Generation], list[float]]] = {k: ([], []) for k in dict.fromkeys((0, *drafts))}
-    for k in runs:  # warm up
-        generate(model, tokenizer, prompts[0], max_tokens=16, temperature=temperature, drafts=k)
-    for index, prompt in enumerate(prompts):
-        for k, (generations, seconds) in runs.items():
-            began = time.perf_counter()
-            options: Options = {
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "seed": seed + index,
-                "drafts": k,
-                "ignore_eos": True,
-            }
-            generations.append(generate(model, tokenizer, prompt, **options))
-            seconds.append(time.perf_counter() - began)
-        last = index + 1 == len(prompts)
-        display.progress(f"Decoding held-out prompts at temperature {temperature:g}: {index + 1}/{len(prompts)}", last)
-    return {k: Comparison(temperature, runs[0][0], runs[k][0], runs[0][1], runs[k][1]) for k in drafts}
-
-
-def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:
-    """`count` beginnings of lines with what precedes them, spread evenly over the held-out texts."""
-    texts = [text for text in texts if len(text) > 4 * PROMPT_BYTES]
-    prompts = []
-    for index in range(count):
-        text = texts[index % len(texts)]
-        rounds = -(-count // len(texts))
-        at = len(text) * (index // len(texts) + 1) // (rounds + 1)
-        end = text.find("\n", max(at, PROMPT_BYTES)) + 1 or len(text)
-        raw = text[:end].encode()[-PROMPT_BYTES:]
-        prompts.append(raw.decode("utf-8", "ignore"))
-    return prompts
-
-
-def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
-    """Share of the sequences' n-grams that are different ones: near 1 for varied text, small for loops."""
-    grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def _check_drafts(head_kind: str, n_future: int, drafts: int) -> None:
+def _drafts(wanted: int | None, head_kind: str, n_future: int) -> int:
+    drafts = n_future - 1 if wanted is None else wanted
     most = 32 if head_kind == "sequential" and n_future > 1 else n_future - 1
     if not 0 <= drafts <= most:
         raise ConfigError(f"--drafts {drafts}: must be from 0 to {most} for {n_future} {head_kind} heads")
+    return drafts
 
 
 def _recipe(n_future: int, width: int, layers: int, seed: int, head_kind: str) -> Recipe:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from foretoken.completion import Generation, token_pieces
+from foretoken.lab.stored import other_kind
 from foretoken.metrics import Record
 from foretoken.tokenizer import Tokenizer
 
@@ -118,17 +117,3 @@ def _text(tokenizer: Tokenizer, generation: Generation) -> str:
         for piece, head in zip(token_pieces(tokenizer, generation), generation.sources, strict=True)
     )
     return f'<pre><span class="dim">{html.escape(generation.prompt)}</span>{spans}</pre>'
-
-
-def other_kind(kind: str) -> str:
-    """What the other kind of head gave in the stored comparison, `lab/head_kinds.json`; made anew by its command."""
-    stored = json.loads((resources.files("foretoken.lab") / "head_kinds.json").read_text(encoding="utf-8"))
-    other = "sequential" if kind == "parallel" else "parallel"
-    minutes = min(stored["budgets"], key=float)
-    best = stored["budgets"][minutes][other]["sampled"]["best"]
-    return (
-        f"The other kind: in the stored comparison ({minutes} minutes of training, {len(stored['seeds'])} seeds) "
-        f"{other} heads gave {best['tokens_per_step']['mean']:.2f} tokens per step at temperature "
-        f"{stored['temperature']:g} with {best['drafts']} drafts, {best['speedup']['mean']:.2f}x as fast as plain "
-        f"decoding. Try it: foretoken demo --head-kind {other}"
-    )

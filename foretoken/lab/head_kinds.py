@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from foretoken.bench import SAMPLED_TEMPERATURE, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import Recipe
-from foretoken.demo import SAMPLED_TEMPERATURE, compare, held_out_prompts
 from foretoken.display import Display
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import read_json, write_json
