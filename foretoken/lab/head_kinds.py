@@ -125,8 +125,9 @@ def measure(folder: Path, arm: str, display: Display) -> dict[str, Any]:
     prompts = held_out_prompts([document.text for document in documents], PROMPTS)
     decoded: dict[str, Any] = {}
     for name, temperature in (("greedy", 0.0), ("sampled", SAMPLED_TEMPERATURE)):
-        found = compare(model, tokenizer, prompts, temperature, MAX_TOKENS, 0, display, DRAFTS[arm])
-        decoded[name] = {str(k): comparison.figures() for k, comparison in found.items()}
+        if DRAFTS[arm]:
+            found = compare(model, tokenizer, prompts, temperature, MAX_TOKENS, 0, display, DRAFTS[arm])
+            decoded[name] = {str(k): comparison.figures() for k, comparison in found.items()}
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
         "bits_per_byte": scored["heads"][0]["bits_per_byte"],
