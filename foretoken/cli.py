@@ -202,7 +202,7 @@ def export_eagle3(
     if as_json:
         _print_json({"drafter": str(folder), "commands": commands})
     else:
-        Display().table({"drafter": str(folder), **commands})
+        Display().result("\n".join([str(folder), *commands.values()]))
 
 
 @export.command("gguf", epilog="Example: foretoken export gguf runs/demo runs/demo-gguf --dtype f16")
@@ -222,7 +222,7 @@ def export_gguf(
     if as_json:
         _print_json({"files": files, "commands": commands})
     else:
-        Display().table({"files": " ".join(files), **commands})
+        Display().result("\n".join([*files, *commands.values()]))
 
 
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")
