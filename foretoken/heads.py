@@ -16,11 +16,12 @@ from foretoken.layers import MLP, Attention, Block, Context, RMSNorm, attention
 
 # What `rest` may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each position,
 # and the context whose rotary tables start at position d - 1.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 Ahead = Callable[[int], Tensor]
 ContextAt = Callable[[int], Context]
+
+# Private names: `scaled_dot_product_attention` gives no normaliser. `masked_attention` is the twin without them.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class ParallelHeads(nn.ModuleList):
@@ -38,7 +39,8 @@ class ParallelHeads(nn.ModuleList):
 
     def rest(self, z: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """States (B, T, D) of heads 2..n. No head sees a token behind its position."""
-        return [block(z, context_at(1)) for block in list(self)[1:]]
+        context = context_at(1)
+        return [block(z, context) for block in list(self)[1:]]
 
     @torch.no_grad()
     def start_from_head_1(self) -> None:

@@ -152,6 +152,17 @@ def cached_is_full(model: Model, moves: Sequence[tuple[str, list[int]]], seed: i
                     close(states[d, row], full[0, -numbers[0] :], f"head {d + 1}, row {row}, {len(tokens)} tokens")
 
 
+def possible(moves: Sequence[tuple[str, list[int]]], rows: int = 3) -> list[tuple[str, list[int]]]:
+    """The moves with selections that name rows which are left, each once."""
+    pruned = []
+    for kind, numbers in moves:
+        if kind == "select":
+            numbers = list(dict.fromkeys(n % rows for n in numbers))
+            rows = len(numbers)
+        pruned.append((kind, numbers))
+    return pruned
+
+
 # Decoding
 
 
