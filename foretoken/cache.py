@@ -1,7 +1,8 @@
 """The key/value cache of decoding: write at positions, roll back. Nothing else rolls back.
 
 Slot s of a row holds the key and value of that row's position s. `lengths` says how many positions a row holds; a write
-goes behind them, a roll-back forgets the newest. Rows may have different lengths, so a batch needs no left padding.
+goes behind them, a roll-back forgets the newest. Rows may have different lengths, so a batch needs no left padding. Rows
+come and go: those in use are the first ones, the memory stays.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of `blocks` transformer blocks for B rows of at most `capacity` positions each."""
+    """Keys and values of `blocks` transformer blocks for B rows of at most `capacity` positions each.
+
+    All rows are in use at first; `select` gives some up, and `vacant` and `join` take one again.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class KVCache:
         """
         m, rows, _, count, _ = keys.shape
         assert max(self.lengths) + count <= self.capacity, "cache is full"
-        k, v = self.keys[block : block + m], self.values[block : block + m]
+        k, v = self.keys[block : block + m, :rows], self.values[block : block + m, :rows]
         start = self.lengths[0]
         if all(length == start for length in self.lengths):
             k[:, :, :, start : start + count] = keys
@@ -70,8 +74,21 @@ class KVCache:
         self.lengths = list(lengths)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only `rows`, in this order."""
-        index = torch.tensor(list(rows), device=self.keys.device)
-        self.keys = self.keys.index_select(1, index)
-        self.values = self.values.index_select(1, index)
+        """Keep only `rows`, in this order; those that stay where they are cost nothing."""
+        moved = [(new, old) for new, old in enumerate(rows) if new != old]
+        if moved:
+            to, origin = (torch.tensor(side, device=self.keys.device) for side in zip(*moved, strict=True))
+            for tensor in (self.keys, self.values):
+                tensor[:, to] = tensor[:, origin]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def vacant(self) -> KVCache:
+        """The first row not in use, as an empty cache of its own in the same memory."""
+        row, view = len(self.lengths), object.__new__(KVCache)
+        view.keys, view.values, view.lengths = self.keys[:, row : row + 1], self.values[:, row : row + 1], [0]
+        return view
+
+    def join(self, row: KVCache) -> None:
+        """Use the row that `vacant` gave, with what has been written to it, as the last."""
+        assert row.keys.data_ptr() == self.keys[:, len(self.lengths)].data_ptr()
+        self.lengths += row.lengths

@@ -1,4 +1,4 @@
-"""Where drafts come from: one small class a head kind, one signature.
+"""Where drafts come from: one small class a source, one signature.
 
 The model has run on some positions, and up to one of them everything is committed. `propose` gives the K tokens that
 are likely to stand behind the committed ones.
@@ -6,17 +6,16 @@ are likely to stand behind the committed ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from foretoken.cache import KVCache
 from foretoken.model import Stepper
 from foretoken.request import Request
-
-# Picks the tokens (B, k) that drafts number d, d + 1, .. stand for, from logits (B, k, V) and d.
-Pick = Callable[[Tensor, int], Tensor]
+from foretoken.sampling import Keys
 
 
 class Drafter(Protocol):
@@ -27,8 +26,17 @@ class Drafter(Protocol):
 
     heads: int
 
-    def propose(self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, pick: Pick) -> Tensor:
-        """Drafts (B, K) behind the committed tokens.
+    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
+        """Take a request as the batch's last row: K drafts behind its first token.
+
+        hidden (heads, 1, T, D) and z (1, T, D): what the model's forward returned for its prompt.
+        """
+        ...
+
+    def propose(
+        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
+    ) -> list[list[int]]:
+        """Drafts (B, K) behind the committed tokens; those of `keys` are picked with the noise of their positions.
 
         hidden (heads, B, T, D) and z (B, T, D): what the model's forward returned for the newest positions; `at` says
         for each row at which of them its last token but one stands, whose head 1 picked its last.
@@ -46,11 +54,22 @@ class ParallelDrafter:
     def __init__(self, stepper: Stepper, drafts: int) -> None:
         self.stepper, self.heads = stepper, drafts + 1
 
-    def propose(self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, pick: Pick) -> Tensor:
+    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """See `Drafter`."""
-        rows = torch.arange(len(at), device=hidden.device)
-        states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
-        return pick(self.stepper.logits(states), 0)
+        return self.propose([request], [z.size(1) - 1], hidden, z, keys)[0]
+
+    def propose(
+        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
+    ) -> list[list[int]]:
+        """See `Drafter`."""
+        if self.heads == 1:
+            return [[] for _ in requests]
+        if len(at) == 1:
+            states = hidden[1:, :, at[0]].transpose(0, 1)  # (1, K, D)
+        else:
+            rows = torch.arange(len(at), device=hidden.device)
+            states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
+        return self.stepper.pick_drafts(states, keys)
 
     def select(self, rows: Sequence[int]) -> None:
         """Nothing is kept between steps."""
@@ -68,23 +87,30 @@ class SequentialDrafter:
     def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
         self.stepper, self.drafts = stepper, drafts
         self.cache = stepper.new_draft_cache(rows, capacity)
+        self.cache.select([])
 
-    def propose(self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, pick: Pick) -> Tensor:
+    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """See `Drafter`."""
-        cache, device, count = self.cache, z.device, max(at) + 1
+        row, last = self.cache.vacant(), z.size(1) - 1
+        if last:
+            self.stepper.draft(torch.tensor([request.prompt[1:]], device=z.device), z[:, :last], row)
+        drafts = self._chain(row, [request], [0], z[:, last:], keys)
+        self.cache.join(row)
+        return drafts[0]
+
+    def propose(
+        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
+    ) -> list[list[int]]:
+        """See `Drafter`."""
+        return self._chain(self.cache, requests, at, z[:, : max(at) + 1], keys)
+
+    def _chain(
+        self, cache: KVCache, requests: Sequence[Request], at: Sequence[int], z: Tensor, keys: Keys
+    ) -> list[list[int]]:
         following = [r.since(start + 1) for r, start in zip(requests, cache.lengths, strict=True)]
-        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, following, strict=True)]
         assert [len(tokens) for tokens in following] == [index + 1 for index in at]
-        padded = [tokens + [0] * (count - len(tokens)) for tokens in following]
-        states = self.stepper.draft(torch.tensor(padded, device=device), z[:, :count], cache)
-        cache.roll_back(kept)  # what was padding
-        state = states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]  # (B, 1, D)
-        tokens = [pick(self.stepper.logits(state), 0)]
-        while len(tokens) < self.drafts:
-            state = self.stepper.draft(tokens[-1], state, cache)
-            tokens.append(pick(self.stepper.logits(state), len(tokens)))
-        cache.roll_back(kept)
-        return torch.cat(tokens, 1)
+        padded = [tokens + [0] * (z.size(1) - len(tokens)) for tokens in following]
+        return self.stepper.chain(padded, at, z, cache, keys, self.drafts)
 
     def select(self, rows: Sequence[int]) -> None:
         """See `Drafter`."""

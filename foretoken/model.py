@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
 from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
+from foretoken.native import DTYPES, MOST_TOKENS, Native, library
+from foretoken.sampling import Keys
 
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
@@ -134,9 +137,12 @@ class Model(nn.Module):
 
 
 class Stepper:
-    """The model as decoding runs it: cached, ragged positions, all heads of a step in one batched block."""
+    """The model as decoding runs it: cached, ragged positions, all heads of a step in one batched block.
 
-    def __init__(self, model: Model) -> None:
+    Blocks of few tokens on a CPU run compiled (`native`), and so does the picking of tokens where no filter applies.
+    """
+
+    def __init__(self, model: Model, compiled: bool = True) -> None:
         self.config = model.config
         self.model = model
         self.trunk = [BlockStack([block]) for block in model.trunk]
@@ -145,6 +151,14 @@ class Stepper:
         self.heads = BlockStack(list(model.heads)[:1] if self.config.sequential else list(model.heads))
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
+        self.native = self._native() if compiled else None
+
+    def _native(self) -> Native | None:
+        model = self.model
+        if model.device.type != "cpu" or model.dtype not in DTYPES or (found := library()) is None:
+            return None
+        ends = (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight)
+        return Native(found, ends, self.trunk, self.heads, self.drafter, model.norm.eps)
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -161,6 +175,7 @@ class Stepper:
         c, model = self.config, self.model
         return KVCache(1, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
 
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
         """Run tokens (B, T) behind what the cache holds.
 
@@ -168,6 +183,9 @@ class Stepper:
         normalised. The cache then holds all T positions: roll back those that are not kept.
         """
         T = tokens.size(1)
+        self._grow_tables(cache)
+        if self.native is not None and T <= MOST_TOKENS:
+            return self.native.forward(tokens.tolist(), cache, heads)
         positions = cache.positions(T)
         context = self._context(positions, cache)
         x = F.embedding(tokens, self.model.embed_tokens.weight)[None]  # (1, B, T, D)
@@ -177,6 +195,28 @@ class Stepper:
         cache.advance(T)
         return hidden, x[0]
 
+    def step(self, tokens: list[list[int]], cache: KVCache, heads: int, keys: Keys) -> Stepped:
+        """`forward` on T tokens of every row, and the tokens that head 1 picks behind each of them."""
+        if self.native is not None and len(tokens[0]) <= MOST_TOKENS:
+            self._grow_tables(cache)
+            if not keys.sampling.filters:
+                return Stepped(*self.native.step(tokens, cache, heads, keys))
+        hidden, z = self.forward(torch.tensor(tokens, device=self.model.device), cache, heads)
+        return Stepped(*pick_targets(self.logits(hidden[0]), keys), hidden, z)
+
+    def pick_targets(self, states: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
+        """The target's own tokens (B, k) and their log-probabilities from head 1's states (B, k, D)."""
+        if self.native is not None and not keys.sampling.filters:
+            return self.native.pick(states, keys)
+        return pick_targets(self.logits(states), keys)
+
+    def pick_drafts(self, states: Tensor, keys: Keys) -> list[list[int]]:
+        """Drafts (B, K) of a step from their heads' states (B, K, D)."""
+        if self.native is not None and not keys.sampling.filters:
+            return self.native.pick(states, keys)[0]
+        return keys.choose(self.logits(states)).tolist()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
     def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
         """Run the sequential head's block behind what its cache holds, on the tokens (B, T) that follow its positions.
 
@@ -184,26 +224,79 @@ class Stepper:
         (B, T, D), not normalised, which predict the tokens behind `tokens`.
         """
         assert self.drafter is not None
+        self._grow_tables(cache)
+        if self.native is not None and tokens.size(1) <= MOST_TOKENS:
+            return self.native.draft(tokens.tolist(), hidden, cache)
         positions = cache.positions(tokens.size(1))
         embedded = F.embedding(tokens, self.model.embed_tokens.weight)
+        hidden = hidden.to(embedded.dtype)
         state = self.drafter.draft(embedded, hidden, self._context(positions, cache), positions, cache)
         cache.advance(tokens.size(1))
         return state
 
+    def chain(
+        self, tokens: list[list[int]], at: Sequence[int], hidden: Tensor, cache: KVCache, keys: Keys, count: int
+    ) -> list[list[int]]:
+        """`draft`, and then `count` drafts (B, K) one after the other, each from the state of the one before.
+
+        at: from which of its T tokens' states each row's first draft comes; the cache keeps what stands up to there.
+        """
+        kept = [start + index + 1 for start, index in zip(cache.lengths, at, strict=True)]
+        if self.native is not None and len(tokens[0]) + count <= MOST_TOKENS and not keys.sampling.filters:
+            self._grow_tables(cache)
+            drafts = self.native.chain(tokens, at, hidden, cache, keys, count)
+            cache.roll_back(kept)
+            return drafts
+        device = self.model.device
+        states = self.draft(torch.tensor(tokens, device=device), hidden, cache)
+        cache.roll_back(kept)  # what was padding
+        state = states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]  # (B, 1, D)
+        picked = [keys.choose(self.logits(state))]
+        while len(picked) < count:
+            state = self.draft(picked[-1], state, cache)
+            picked.append(keys.choose(self.logits(state), len(picked)))
+        cache.roll_back(kept)
+        return torch.cat(picked, 1).tolist()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider."""
+        if self.native is not None:
+            return self.native.logits(hidden)
         return self.model.logits(self.model.norm(hidden))
 
-    def _context(self, positions: Tensor, cache: KVCache) -> Context:
+    def _grow_tables(self, cache: KVCache) -> None:
         if self.tables is None or self.tables[0].size(0) < cache.capacity:
-            self.tables = self.model.rotary(torch.arange(cache.capacity, device=positions.device), self.model.dtype)
-        cos, sin = (table[positions] for table in self.tables)  # (B, T, H)
+            self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device), torch.float32)
+        if self.native is not None:
+            self.native.use_tables(self.tables)
+
+    def _context(self, positions: Tensor, cache: KVCache) -> Context:
+        assert self.tables is not None
+        cos, sin = (table[positions].to(self.model.dtype) for table in self.tables)  # (B, T, H)
         if positions.size(1) == 1 and min(cache.lengths) == max(cache.lengths):
             return Context(cos, sin)  # the only query sees all there is
         slots = torch.arange(max(cache.lengths) + positions.size(1), device=positions.device)
         visible = slots <= positions[:, :, None]  # (B, T, S)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step gave: the tokens (B, T) that the target picks, their log-probabilities, and the states behind them."""
+
+    picked: list[list[int]]
+    logprobs: list[list[float]]
+    hidden: Tensor
+    z: Tensor
+
+
+def pick_targets(logits: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
+    """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
+    tokens = keys.choose(logits)
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return tokens.tolist(), logprobs.tolist()
 
 
 def _detached(tensor: Tensor, yes: bool) -> Tensor:

@@ -9,6 +9,7 @@ limit of the same rule. A draft is accepted when it equals the token that the ta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,37 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p} must lie above 0 and at most at 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p = {self.min_p} must lie between 0 and 1")
+
+    @property
+    def filters(self) -> bool:
+        """Whether a token may be dropped, whatever its noise."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What decides the noise of the next `count` tokens of each of B requests: their seeds and the first positions.
+
+    The tensor of the noise is made when it is first asked for; compiled steps work from the keys.
+    """
+
+    sampling: Sampling
+    seeds: list[int]
+    positions: list[int]
+    count: int
+    vocab_size: int
+    device: torch.device
+
+    @cached_property
+    def noise(self) -> Tensor | None:
+        """(B, count, V), None at temperature 0."""
+        seeds, first = (torch.tensor(keys, device=self.device)[:, None] for keys in (self.seeds, self.positions))
+        return keyed_noise(seeds, first + torch.arange(self.count, device=self.device), self.vocab_size, self.sampling)
+
+    def choose(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Tokens (B, k) from logits (B, k, V), the first of them number `first`."""
+        noise = None if self.noise is None else self.noise[:, first : first + logits.size(1)]
+        return choose(logits, noise, self.sampling)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -95,13 +95,16 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
             def __init__(self, stepper: object, drafts: int, rows: int, capacity: int) -> None:
                 self.drafts = drafts
 
-            def propose(self, requests: Sequence[Request], *rest: object) -> torch.Tensor:
+            def join(self, request: Request, *rest: object) -> list[int]:
+                return self.propose([request])[0]
+
+            def propose(self, requests: Sequence[Request], *rest: object) -> list[list[int]]:
                 rows = []
                 for request in requests:
                     at = len(request.ids)
                     coming = [*plain[tuple(request.prompt)][at : at + self.drafts], *[0] * self.drafts][: self.drafts]
                     rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
-                return torch.tensor(rows)
+                return rows
 
             def select(self, rows: Sequence[int]) -> None:
                 pass

@@ -29,9 +29,10 @@ from torch import Tensor
 from foretoken import decode as decoding
 from foretoken import draft as drafting
 from foretoken import loss, sampling
+from foretoken import model as stepping
 from foretoken.cache import KVCache
-from foretoken.model import Model
-from foretoken.sampling import Sampling
+from foretoken.model import Model, Stepper
+from foretoken.sampling import Keys, Sampling
 
 SOFT = Sampling(1.0)
 Check = Callable[[], None]
@@ -170,8 +171,9 @@ def rows_mixed_up(patch: Patch) -> None:
     """When a row leaves, keys move up and lengths stay."""
 
     def select(cache: KVCache, rows: Sequence[int]) -> None:
-        index = torch.tensor(list(rows))
-        cache.keys, cache.values = cache.keys[:, index], cache.values[:, index]
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        for tensor in (cache.keys, cache.values):
+            tensor[:, : len(rows)] = tensor[:, index]
         cache.lengths = cache.lengths[: len(rows)]
 
     patch.setattr(KVCache, "select", select)
@@ -185,13 +187,13 @@ def rotary_off_by_one_in_a_block(patch: Patch) -> None:
 
 def noise_with(patch: Patch, change: Callable[[Tensor, Tensor, Sampling], tuple[Tensor, Tensor, Sampling]]) -> None:
     """The noise is that of other seeds, positions or temperature."""
-    real = decoding.keyed_noise
+    real = sampling.keyed_noise
 
     def keyed_noise(seeds: Tensor, positions: Tensor, vocab: int, how: Sampling) -> Tensor | None:
         seeds, positions, how = change(seeds, positions, how)
         return real(seeds, positions, vocab, how)
 
-    patch.setattr(decoding, "keyed_noise", keyed_noise)
+    patch.setattr(sampling, "keyed_noise", keyed_noise)
 
 
 def noise_off_by_one_in_a_block(patch: Patch) -> None:
@@ -203,52 +205,53 @@ def noise_off_by_one_in_a_block(patch: Patch) -> None:
 
 def bonus_from_the_position_before(patch: Patch) -> None:
     """Behind a whole accepted block the next token comes from the logits of the place before."""
-    real = decoding._pick_targets
+    real = stepping.pick_targets
 
-    def pick_targets(logits: Tensor, *rest: Any) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys) -> Any:
         if logits.size(1) > 1:
             logits = torch.cat((logits[:, :-1], logits[:, -2:-1]), 1)
-        return real(logits, *rest)
+        return real(logits, keys)
 
-    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(stepping, "pick_targets", pick_targets)
 
 
 def drafts_logprob_returned(patch: Patch) -> None:
     """An accepted draft keeps the log-probability that its own head gave it."""
-    real_drafts, real_targets = decoding._pick_drafts, decoding._pick_targets
+    real_drafts, real_targets = Stepper.pick_drafts, stepping.pick_targets
     drafted: list[Tensor] = []
 
-    def pick_drafts(noise: Any, how: Sampling, logits: Tensor, first: int) -> Tensor:
-        drafts = real_drafts(noise, how, logits, first)
-        drafted[:] = [logits.log_softmax(-1).gather(-1, drafts[..., None])[..., 0]]
+    def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys) -> Any:
+        drafts = real_drafts(stepper, states, keys)
+        own = stepper.logits(states).log_softmax(-1)
+        drafted[:] = [own.gather(-1, torch.tensor(drafts)[..., None])[..., 0]]
         return drafts
 
-    def pick_targets(logits: Tensor, *rest: Any) -> Any:
-        tokens, logprobs = real_targets(logits, *rest)
+    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+        tokens, logprobs = real_targets(logits, keys)
         for row, own in zip(logprobs, drafted[0].tolist() if drafted else [], strict=False):
             row[: len(own)] = own
         return tokens, logprobs
 
-    patch.setattr(decoding, "_pick_drafts", pick_drafts)
-    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(Stepper, "pick_drafts", pick_drafts)
+    patch.setattr(stepping, "pick_targets", pick_targets)
 
 
 def logprobs_after_temperature_and_filters(patch: Patch) -> None:
-    real = decoding._pick_targets
+    real = stepping.pick_targets
 
-    def pick_targets(logits: Tensor, *rest: Any) -> Any:
-        tokens, _ = real(logits, *rest)
+    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+        tokens, _ = real(logits, keys)
         kept = sampling.filtered(logits, Sampling(1.0, top_k=5)).log_softmax(-1)
         return tokens, kept.gather(-1, torch.tensor(tokens)[..., None])[..., 0].tolist()
 
-    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(stepping, "pick_targets", pick_targets)
 
 
 def soft_at_temperature_zero(patch: Patch) -> None:
     """Greedy keeps the soft distribution and draws from it."""
-    soft, real = Sampling(1.0, top_p=0.95), decoding.choose
+    soft, real = Sampling(1.0, top_p=0.95), sampling.choose
     noise_with(patch, lambda seeds, positions, how: (seeds, positions, how if how.temperature else soft))
-    patch.setattr(decoding, "choose", lambda logits, noise, how: real(logits, noise, how if how.temperature else soft))
+    patch.setattr(sampling, "choose", lambda logits, noise, how: real(logits, noise, how if how.temperature else soft))
 
 
 def accepts_everything(patch: Patch) -> None:
@@ -261,13 +264,14 @@ def accepts_everything(patch: Patch) -> None:
 
 def accepts_then_redraws(patch: Patch) -> None:
     """A draft is accepted when it equals the target's draw; if not, another draw is emitted."""
-    real_targets, real_accepted = decoding._pick_targets, decoding.accepted
+    real_targets, real_accepted = stepping.pick_targets, decoding.accepted
     redraws: dict[int, list[int]] = {}
 
-    def pick_targets(logits: Tensor, noise: Any, how: Sampling) -> Any:
-        tokens, logprobs = real_targets(logits, noise, how)
-        fresh, _ = real_targets(logits, noise.roll(1, -1), how)  # other noise, that no draft has seen
-        redraws.update({id(row): again for row, again in zip(tokens, fresh, strict=True)})
+    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+        tokens, logprobs = real_targets(logits, keys)
+        assert keys.noise is not None
+        fresh = sampling.choose(logits, keys.noise.roll(1, -1)[:, : logits.size(1)], keys.sampling)  # no draft saw it
+        redraws.update({id(row): again for row, again in zip(tokens, fresh.tolist(), strict=True)})
         return tokens, logprobs
 
     def accepted(drafts: list[int], picked: list[int]) -> int:
@@ -276,17 +280,17 @@ def accepts_then_redraws(patch: Patch) -> None:
             picked[count] = redraws[id(picked)][count]
         return count
 
-    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(stepping, "pick_targets", pick_targets)
     patch.setattr(decoding, "accepted", accepted)
 
 
 def accepts_any_likely_draft(patch: Patch) -> None:
     """A draft is accepted where the target gives it a twentieth: "typical" acceptance, which changes the law."""
-    real_targets, real_accepted = decoding._pick_targets, decoding.accepted
+    real_targets, real_accepted = stepping.pick_targets, decoding.accepted
     likely: dict[int, list[list[bool]]] = {}
 
-    def pick_targets(logits: Tensor, *rest: Any) -> Any:
-        tokens, logprobs = real_targets(logits, *rest)
+    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+        tokens, logprobs = real_targets(logits, keys)
         rows = (logits.softmax(-1) > 0.05).tolist()
         likely.update({id(row): allowed for row, allowed in zip(tokens, rows, strict=True)})
         return tokens, logprobs
@@ -297,14 +301,14 @@ def accepts_any_likely_draft(patch: Patch) -> None:
                 picked[k] = draft
         return real_accepted(drafts, picked)
 
-    patch.setattr(decoding, "_pick_targets", pick_targets)
+    patch.setattr(stepping, "pick_targets", pick_targets)
     patch.setattr(decoding, "accepted", accepted)
 
 
 def drafts_of_another_row(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Tensor:
+    def propose(drafter: Any, requests: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Any:
         return real(drafter, requests, at, hidden.roll(1, 1), *rest)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)
@@ -313,7 +317,7 @@ def drafts_of_another_row(patch: Patch) -> None:
 def drafts_from_the_first_position(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, at: Sequence[int], *rest: Any) -> Tensor:
+    def propose(drafter: Any, requests: Any, at: Sequence[int], *rest: Any) -> Any:
         return real(drafter, requests, [0] * len(at), *rest)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)

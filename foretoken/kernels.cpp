@@ -1,0 +1,659 @@
+// One decoding step of a Llama-family model on a CPU: few rows, so its time is the reading of the weights.
+//
+// PyTorch launches some 20 operations a block and its matrix products are made for many rows; here a whole forward, or a
+// whole chain of drafts, is one parallel region. `model.Stepper` is the readable twin; `native.py` compiles and calls this.
+//
+// Every number of a row is summed in the same order whatever other rows stand beside it. So a token's logits do not
+// depend on how many tokens were drafted, on the batch, or on the number of threads, and in bfloat16, too,
+// speculative decoding gives exactly the plain output.
+//
+// Letters: R items (token positions) of a forward, D width, N heads, H head width, F width of the MLP, V vocabulary.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+
+// A tile of a product keeps OUTS x ROWS vectors of sums in registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, OUTS = 4, ROWS = 6;
+#elif defined(__AVX__)
+constexpr int LANES = 8, OUTS = 4, ROWS = 2;
+#else
+constexpr int LANES = 4, OUTS = 4, ROWS = 5;
+#endif
+
+#define UNROLL _Pragma("GCC unroll 8")  // so that arrays of vectors stay in registers
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline void narrow(float x, float& y) { y = x; }
+inline void narrow(float x, bf16& y) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    y.bits = x == x ? uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
+}
+
+inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vec load(const bf16* p) {
+#if defined(__AVX512F__)  // GCC would convert it in two halves
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+    halves h;
+    std::memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, ivec) << 16);
+#endif
+}
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline float sum(vec v) {
+    float a[LANES];
+    store(a, v);
+    for (int w = LANES / 2; w; w /= 2)
+        for (int j = 0; j < w; ++j) a[j] += a[j + w];
+    return a[0];
+}
+
+// The largest of `count` numbers, behind which a vector of -inf stands.
+inline float maximum(const float* x, int64_t count) {
+    vec most = load(x);
+    for (int64_t i = LANES; i < count; i += LANES) {
+        const vec v = load(x + i);
+        most = v > most ? v : most;
+    }
+    float a[LANES];
+    store(a, most);
+    return *std::max_element(a, a + LANES);
+}
+
+// Sums of four vectors at once: two transposing additions in every 128-bit lane, then the lanes.
+inline void sums(const vec& a, const vec& b, const vec& c, const vec& d, float* out) {
+#if defined(__AVX512F__)
+    const __m512 A = (__m512)a, B = (__m512)b, C = (__m512)c, D = (__m512)d;
+    const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(A, B), _mm512_unpackhi_ps(A, B));
+    const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(C, D), _mm512_unpackhi_ps(C, D));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                      _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)all, 1)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// exp to 2 ulp, 0 below -87: range reduction to [-ln 2 / 2, ln 2 / 2] and the Taylor polynomial of degree 7.
+inline vec exp(vec x) {
+    const ivec small = x < -87.0f, large = x > 88.0f;
+    x = small ? vec{} - 87.0f : large ? vec{} + 88.0f : x;
+    const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
+    const vec n = shifted - 12582912.0f;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
+    return small ? vec{} : y;
+}
+
+// What the activations of a product are: beside bfloat16 weights, where the machine multiplies pairs of them, the same.
+template <class W>
+struct Beside {
+    typedef float type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Beside<bf16> {
+    typedef bf16 type;
+};
+#endif
+
+template <int R>
+inline void multiply(const float* const* w, int64_t n, const float* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + LANES <= n; i += LANES) {
+        vec v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const vec weight = load(w[o] + i);
+            __builtin_prefetch(w[o] + OUTS * n + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
+        }
+    }
+}
+template <int R>
+inline void multiply(const bf16* const* w, int64_t n, const float* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + LANES <= n; i += LANES) {
+        vec v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const vec weight = load(w[o] + i);
+            __builtin_prefetch(w[o] + OUTS * n + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
+        }
+    }
+}
+#if defined(__AVX512BF16__)
+template <int R>
+inline void multiply(const bf16* const* w, int64_t n, const bf16* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + 32 <= n; i += 32) {
+        __m512bh v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[o] + i);
+            __builtin_prefetch(w[o] + OUTS * n + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = (vec)_mm512_dpbf16_ps((__m512)acc[o][r], weight, v[r]);
+        }
+    }
+}
+#endif
+
+// Four rows of weights (n) times R rows of x (R, ldx) -> out (R, 4).
+template <int R, class W, class A>
+inline void tile(const W* const* w, int64_t n, const A* x, int64_t ldx, float (*out)[OUTS]) {
+    vec acc[OUTS][R] = {};
+    int64_t i = 0;
+    multiply<R>(w, n, x, ldx, i, acc);
+    UNROLL for (int r = 0; r < R; ++r) {
+        sums(acc[0][r], acc[1][r], acc[2][r], acc[3][r], out[r]);
+        for (int64_t j = i; j < n; ++j)
+            for (int o = 0; o < OUTS; ++o) out[r][o] += widen(w[o][j]) * widen(x[r * ldx + j]);
+    }
+}
+
+template <class W, class A>
+inline void tiles(const W* const* w, int64_t n, const A* x, int64_t ldx, int rows, float (*out)[OUTS]) {
+    switch (rows) {
+        case 1: return tile<1>(w, n, x, ldx, out);
+        case 2: return tile<2>(w, n, x, ldx, out);
+#if !defined(__AVX__) || defined(__AVX512F__)
+        case 3: return tile<3>(w, n, x, ldx, out);
+        case 4: return tile<4>(w, n, x, ldx, out);
+        case 5: return tile<5>(w, n, x, ldx, out);
+#endif
+#if defined(__AVX512F__)
+        case 6: return tile<6>(w, n, x, ldx, out);
+#endif
+    }
+}
+
+// emit(o, r, x[r] . w[o]) for outputs o in [begin, end) and rows r in [0, rows).
+template <class W, class A, class Emit>
+void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) {
+    float out[ROWS][OUTS];
+    const W* weights[OUTS];
+    for (int64_t o = begin; o < end; o += OUTS) {
+        const int outs = int(std::min<int64_t>(OUTS, end - o));
+        for (int a = 0; a < OUTS; ++a) weights[a] = w + std::min(o + a, end - 1) * n;  // beyond the end: not emitted
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int count = int(std::min<int64_t>(ROWS, rows - r));
+            tiles(weights, n, x + r * ldx, ldx, count, out);
+            for (int b = 0; b < count; ++b)
+                if (outs == OUTS)
+                    for (int a = 0; a < OUTS; ++a) emit(o + a, r + b, out[b][a]);
+                else
+                    for (int a = 0; a < outs; ++a) emit(o + a, r + b, out[b][a]);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The structures are mirrored field by field in native.py.
+
+struct Model {
+    int64_t bfloat16, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
+    double eps;
+    const void *embedding, *unembedding, *norm;  // (V, D), (V, D), (D)
+    const float *cos, *sin;                      // (positions, H), the first half of sin negative
+};
+
+// Weights as torch.nn.Linear has them (out, in); pointers that a block has no use for are null.
+struct Layer {
+    const void *qkv, *qkv_bias, *o, *gate_up, *down;
+    const void *norm_1, *norm_2, *q_norm, *k_norm, *hidden_norm;
+    void *keys, *values;  // (rows, kv_heads, capacity, H)
+    int64_t capacity;
+};
+
+// Item i is a token at rotary position position[i]. Its keys go to `slot[i]` of cache row `row[i]`; it sees the slots
+// below base[i], and of those behind them slot base[i] + j if bit j of seen[i] is set. Items of a row stand together.
+struct Items {
+    int64_t count;
+    const int64_t *token, *row, *slot, *position, *base;
+    const uint64_t* seen;
+};
+
+// How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token).
+struct Picks {
+    double temperature;
+    const int64_t *seed, *position;
+};
+}
+
+namespace {
+
+// Memory on a cache line's bound, so that a vector never lies on two; nothing in it is set.
+template <class T>
+class Buffer {
+    T* at;
+
+  public:
+    explicit Buffer(int64_t count) : at((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(at); }
+    T* data() { return at; }
+    T& operator[](int64_t i) { return at[i]; }
+};
+
+// The part [begin, end) of `count` that this thread does, in multiples of `unit`.
+struct Part {
+    int64_t begin, end;
+    Part(int64_t count, int64_t unit = 1) {
+        const int64_t threads = omp_get_num_threads(), units = (count + unit - 1) / unit;
+        const int64_t each = (units + threads - 1) / threads * unit;
+        begin = std::min(count, each * omp_get_thread_num());
+        end = std::min(count, begin + each);
+    }
+};
+
+inline void barrier() {
+#pragma omp barrier
+}
+
+// y = x / rms(x) * weight for one row.
+template <class W, class A>
+void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
+    vec squares = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < n; ++i) total += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(total / float(n) + float(eps));
+    for (i = 0; i < n; ++i) narrow(x[i] * scale * widen(weight[i]), y[i]);
+}
+
+template <class W>
+class Runner {
+    typedef typename Beside<W>::type A;
+    const Model& m;
+    const int64_t D, N, G, H, F, Q;  // G: key/value heads; Q: width of queries, keys and values together
+    Buffer<A> input, mixed, hidden;
+    Buffer<float> qkv, gate_up;
+
+  public:
+    Runner(const Model& model, int64_t rows)
+        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H),
+          input(rows * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
+
+    // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x.
+    void block(const Layer& l, const Items& items, float* x, bool embedded) {
+        const int64_t R = items.count, in = embedded ? 2 * D : D;
+        for (Part p(R); p.begin < p.end; ++p.begin) {
+            A* row = input.data() + p.begin * in;
+            if (embedded) {
+                float token[D];
+                embed(items.token[p.begin], token);
+                normalise(token, (const W*)l.norm_1, D, m.eps, row);
+                normalise(x + p.begin * D, (const W*)l.hidden_norm, D, m.eps, row + D);
+            } else {
+                normalise(x + p.begin * D, (const W*)l.norm_1, D, m.eps, row);
+            }
+        }
+        barrier();
+        const W* bias = (const W*)l.qkv_bias;
+        float* const projected = qkv.data();
+        const Part q(Q, OUTS);
+        product((const W*)l.qkv, in, q.begin, q.end, input.data(), in, R,
+                [=, width = Q](int64_t o, int64_t r, float y) { projected[r * width + o] = bias ? y + widen(bias[o]) : y; });
+        barrier();
+        attention(l, items);
+        barrier();
+        const Part d(D, OUTS);
+        product((const W*)l.o, N * H, d.begin, d.end, mixed.data(), N * H, R,
+                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+        barrier();
+        for (Part p(R); p.begin < p.end; ++p.begin)
+            normalise(x + p.begin * D, (const W*)l.norm_2, D, m.eps, input.data() + p.begin * D);
+        barrier();
+        const Part f(F, OUTS);
+        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
+        product((const W*)l.gate_up, D, f.begin, f.end, input.data(), D, R, keep);
+        product((const W*)l.gate_up, D, F + f.begin, F + f.end, input.data(), D, R, keep);
+        for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
+        barrier();
+        product((const W*)l.down, F, d.begin, d.end, hidden.data(), F, R,
+                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+        barrier();
+    }
+
+    void embed(int64_t token, float* x) const {
+        const W* row = (const W*)m.embedding + token * D;
+        for (int64_t i = 0; i < D; ++i) x[i] = widen(row[i]);
+    }
+
+    // States (rows, D) -> logits (rows, V), normalised first.
+    void logits(const float* states, int64_t rows, float* out) {
+        for (Part p(rows); p.begin < p.end; ++p.begin)
+            normalise(states + p.begin * D, (const W*)m.norm, D, m.eps, input.data() + p.begin * D);
+        barrier();
+        const Part v(m.vocabulary, OUTS);
+        product((const W*)m.unembedding, D, v.begin, v.end, input.data(), D, rows,
+                [out, width = m.vocabulary](int64_t o, int64_t r, float y) { out[r * width + o] = y; });
+        barrier();
+    }
+
+  private:
+    // silu(gate) * up for the outputs of one part.
+    void gate(const float* row, Part f, A* y) const {
+        for (int64_t i = f.begin; i < f.end; i += LANES) {
+            float g[LANES] = {}, out[LANES];
+            const int64_t count = std::min<int64_t>(LANES, f.end - i);
+            std::memcpy(g, row + i, count * sizeof(float));
+            const vec v = load(g);
+            store(out, v / (1.0f + exp(-v)));
+            for (int64_t j = 0; j < count; ++j) narrow(out[j] * row[F + i + j], y[i + j]);
+        }
+    }
+
+    // Rotary embedding of one head (Hugging Face's layout), normalised first where the model does so.
+    template <class Out>
+    void rotate(float* x, const void* norm, int64_t position, Out* y) const {
+        if (norm) normalise(x, (const W*)norm, H, m.eps, x);
+        const float *cos = m.cos + position * H, *sin = m.sin + position * H;
+        for (int64_t i = 0, half = H / 2; i < H; ++i)
+            narrow(x[i] * cos[i] + x[i < half ? i + half : i - half] * sin[i], y[i]);
+    }
+
+    // One unit of work is a key/value head of a cache row: who writes its keys also reads them.
+    void attention(const Layer& l, const Items& items) {
+        int64_t unit = 0;
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        for (int64_t first = 0, end; first < items.count; first = end) {
+            for (end = first + 1; end < items.count && items.row[end] == items.row[first];) ++end;
+            for (int64_t g = 0; g < G; ++g, ++unit)
+                if (unit % threads == me) attend(l, items, first, end, g);
+        }
+    }
+
+    void attend(const Layer& l, const Items& items, int64_t first, int64_t end, int64_t g) {
+        const int64_t group = N / G, count = end - first, from = (items.row[first] * G + g) * l.capacity * H;
+        W *keys = (W*)l.keys + from, *values = (W*)l.values + from;
+        const int64_t slots = *std::max_element(items.slot + first, items.slot + end) + 1, room = slots + LANES;
+        Buffer<A> query_memory(count * group * H);
+        Buffer<float> score_memory(count * group * room + H);
+        A* queries = query_memory.data();
+        float *scores = score_memory.data(), *result = scores + count * group * room;
+        for (int64_t i = first; i < end; ++i) {
+            float* row = qkv.data() + i * Q;
+            rotate(row + (N + g) * H, l.k_norm, items.position[i], keys + items.slot[i] * H);
+            for (int64_t j = 0; j < H; ++j) narrow(row[(N + G + g) * H + j], values[items.slot[i] * H + j]);
+            for (int64_t q = 0; q < group; ++q)
+                rotate(row + (g * group + q) * H, l.q_norm, items.position[i],
+                       queries + ((i - first) * group + q) * H);
+        }
+        const float scale = 1.0f / std::sqrt(float(H));
+        product((const W*)keys, H, 0, slots, queries, H, count * group,
+                [=](int64_t s, int64_t q, float y) { scores[q * room + s] = y * scale; });
+        for (int64_t i = first; i < end; ++i) {
+            int64_t own[64], others = 0;
+            for (int64_t j = 0; items.base[i] + j < slots && j < 64; ++j)
+                if (items.seen[i] >> j & 1) own[others++] = items.base[i] + j;
+            for (int64_t q = 0; q < group; ++q) {
+                mix(scores + ((i - first) * group + q) * room, items.base[i], own, others, values, result);
+                A* y = mixed.data() + i * N * H + (g * group + q) * H;
+                for (int64_t j = 0; j < H; ++j) narrow(result[j], y[j]);
+            }
+        }
+    }
+
+    // softmax of the scores of slots [0, base) and `own`, in this order, times their values.
+    void mix(float* scores, int64_t base, const int64_t* own, int64_t others, const W* values, float* y) const {
+        const int64_t count = base + others;
+        for (int64_t j = base; j < count; ++j) scores[j] = scores[own[j - base]];  // own[j - base] >= j
+        for (int64_t j = count; j < count + LANES; ++j) scores[j] = -INFINITY;
+        const float most = maximum(scores, count);
+        vec total = {};
+        for (int64_t j = 0; j < count; j += LANES) {
+            const vec e = exp(load(scores + j) - most);
+            store(scores + j, e);
+            total += e;
+        }
+        const float share = 1.0f / sum(total);
+        int64_t i = 0;
+        for (; i + 4 * LANES <= H; i += 4 * LANES) weigh<4>(scores, base, count, own, values + i, share, y + i);
+        for (; i + LANES <= H; i += LANES) weigh<1>(scores, base, count, own, values + i, share, y + i);
+        for (; i < H; ++i) {
+            float z = 0;
+            for (int64_t j = 0; j < count; ++j) z += scores[j] * widen(values[(j < base ? j : own[j - base]) * H + i]);
+            y[i] = z * share;
+        }
+    }
+
+    // C vectors of the values' weighted sum; several slots at a time, so that no addition waits for the one before.
+    template <int C>
+    void weigh(const float* shares, int64_t base, int64_t count, const int64_t* own, const W* values,
+               float share, float* y) const {
+        constexpr int U = 8 / C;
+        vec acc[U][C] = {};
+        int64_t j = 0;
+        for (; j + U <= base; j += U)
+            UNROLL for (int u = 0; u < U; ++u)
+                UNROLL for (int c = 0; c < C; ++c) acc[u][c] += shares[j + u] * load(values + (j + u) * H + c * LANES);
+        for (; j < count; j += U)
+            UNROLL for (int u = 0; u < U; ++u) {
+                const int64_t slot = j + u < base ? j + u : j + u < count ? own[j + u - base] : 0;  // its share is 0
+                UNROLL for (int c = 0; c < C; ++c) acc[u][c] += shares[j + u] * load(values + slot * H + c * LANES);
+            }
+        UNROLL for (int u = 1; u < U; ++u)
+            UNROLL for (int c = 0; c < C; ++c) acc[0][c] += acc[u][c];
+        for (int c = 0; c < C; ++c) store(y + c * LANES, acc[0][c] * share);
+    }
+};
+
+inline uint64_t mix64(uint64_t x) {  // splitmix64's step, as in sampling.py
+    x += 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// The token of one row of logits. A token can only win where 1 - u <= -log u <= exp(-(best - logit) / temperature), u
+// its uniform number; the logarithms are taken of those tokens alone.
+int64_t pick(const float* logits, int64_t V, double temperature, uint64_t seed, uint64_t position) {
+    int64_t winner = std::max_element(logits, logits + V) - logits;
+    if (temperature == 0) return winner;
+    const uint64_t key = mix64(mix64(seed) ^ position);
+    auto noisy = [&](int64_t v) {
+        const double u = (double((mix64(key ^ uint64_t(v)) >> 12)) + 0.5) / double(1ull << 52);
+        return logits[v] + float(temperature * -std::log(-std::log(u)));
+    };
+    float best = noisy(winner);
+    for (int64_t v = 0; v < V; v += LANES) {
+        float gap[LANES] = {}, bound[LANES], rest[LANES];
+        const int64_t count = std::min<int64_t>(LANES, V - v);
+        std::memcpy(gap, logits + v, count * sizeof(float));
+        store(bound, exp((load(gap) - best) * float(1 / temperature)) * 1.001f);
+        for (int j = 0; j < LANES; ++j)  // 1 - u: the complement of the 52 bits
+            rest[j] = float(int64_t(~mix64(key ^ uint64_t(v + j)) >> 12)) * 0x1p-52f;
+        for (int64_t j = 0; j < count; ++j) {
+            if (rest[j] > bound[j]) continue;
+            const float value = noisy(v + j);
+            if (value > best || (value == best && v + j < winner)) best = value, winner = v + j;
+        }
+    }
+    return winner;
+}
+
+float log_probability(const float* logits, int64_t V, int64_t token) {
+    const float most = *std::max_element(logits, logits + V);
+    vec total = {};
+    int64_t v = 0;
+    for (; v + LANES <= V; v += LANES) total += exp(load(logits + v) - most);
+    double rest = sum(total);
+    for (; v < V; ++v) rest += std::exp(logits[v] - most);
+    return logits[token] - most - float(std::log(rest));
+}
+
+// Tokens of rows of logits and, unless null, their log-probabilities; with all threads.
+void pick_rows(const Model& m, const float* logits, int64_t rows, const Picks& picks, int64_t* tokens, float* logprobs) {
+    const int64_t V = m.vocabulary;
+    for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
+        tokens[r] = pick(logits + r * V, V, picks.temperature, picks.seed[r], picks.position[r]);
+        if (logprobs) logprobs[r] = log_probability(logits + r * V, V, tokens[r]);
+    }
+}
+
+template <class W>
+void step(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, const Items& items, float* z, float* hidden,
+          const Picks* picks, int64_t* tokens, float* logprobs) {
+    const int64_t R = items.count, D = m.width;
+    Runner<W> run(m, R);
+    Buffer<float> logits(picks ? R * m.vocabulary : 0);
+#pragma omp parallel num_threads(m.threads)
+    {
+        for (Part p(R); p.begin < p.end; ++p.begin) run.embed(items.token[p.begin], z + p.begin * D);
+        barrier();
+        for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z, false);
+        for (int64_t h = 0; h < heads; ++h) {
+            float* x = hidden + h * R * D;
+            const Part p(R * D);
+            std::copy(z + p.begin, z + p.end, x + p.begin);
+            barrier();
+            run.block(layers[trunk + h], items, x, false);
+        }
+        if (picks) {
+            run.logits(hidden, R, logits.data());
+            pick_rows(m, logits.data(), R, *picks, tokens, logprobs);
+        }
+    }
+}
+
+template <class W>
+void logits(const Model& m, const float* states, int64_t rows, float* out, const Picks* picks, int64_t* tokens,
+            float* logprobs) {
+    Runner<W> run(m, rows);
+#pragma omp parallel num_threads(m.threads)
+    {
+        run.logits(states, rows, out);
+        if (picks) pick_rows(m, out, rows, *picks, tokens, logprobs);
+    }
+}
+
+// Items of a forward behind others, one for each of `rows` rows.
+struct Further {
+    std::vector<int64_t> token, row, slot, position, base;
+    std::vector<uint64_t> seen;
+    explicit Further(int64_t rows) : token(rows), row(rows), slot(rows), position(rows), base(rows), seen(rows) {}
+    Items items() const {
+        return {int64_t(token.size()), token.data(), row.data(), slot.data(), position.data(), base.data(), seen.data()};
+    }
+};
+
+template <class W>
+void chain(const Model& m, const Layer& layer, const Items& items, const float* const* hidden, int64_t rows,
+           const int64_t* last, int64_t drafts, const Picks& picks, int64_t* out) {
+    const int64_t D = m.width, V = m.vocabulary, each = items.count / rows;
+    Runner<W> run(m, std::max(items.count, rows));
+    Further next(rows);
+    const Items further = next.items();
+    Buffer<float> states(items.count * D), state(rows * D), scratch(rows * V);
+    for (int64_t b = 0; b < rows; ++b) std::copy(hidden[b], hidden[b] + each * D, states.data() + b * each * D);
+#pragma omp parallel num_threads(m.threads)
+    {
+        run.block(layer, items, states.data(), true);
+        const Part part(rows);
+        for (int64_t b = part.begin; b < part.end; ++b)
+            std::copy_n(states.data() + last[b] * D, D, state.data() + b * D);
+        barrier();
+        for (int64_t d = 0; d < drafts; ++d) {
+            run.logits(state.data(), rows, scratch.data());
+            for (int64_t b = part.begin; b < part.end; ++b) {
+                const int64_t i = last[b];
+                const int64_t token = pick(scratch.data() + b * V, V, picks.temperature, picks.seed[b], picks.position[b] + d);
+                out[b * drafts + d] = next.token[b] = token;
+                next.row[b] = items.row[i];
+                next.slot[b] = items.slot[i] + 1 + d;
+                next.position[b] = items.position[i] + 1 + d;
+                next.base[b] = items.slot[i] + 1;
+                next.seen[b] = d < 63 ? (uint64_t(2) << d) - 1 : ~uint64_t(0);
+            }
+            barrier();
+            if (d + 1 < drafts) run.block(layer, further, state.data(), true);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. Unless picks is null,
+// tokens (R) are picked from head 1's.
+void foretoken_step(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, const Items* items, float* z,
+                    float* hidden, const Picks* picks, int64_t* tokens, float* logprobs) {
+    (m->bfloat16 ? step<bf16> : step<float>)(*m, layers, trunk, heads, *items, z, hidden, picks, tokens, logprobs);
+}
+
+// The block of a sequential head on x (R, D), in place.
+void foretoken_draft(const Model* m, const Layer* layer, const Items* items, float* x) {
+    if (m->bfloat16) {
+        Runner<bf16> run(*m, items->count);
+#pragma omp parallel num_threads(m->threads)
+        run.block(*layer, *items, x, true);
+    } else {
+        Runner<float> run(*m, items->count);
+#pragma omp parallel num_threads(m->threads)
+        run.block(*layer, *items, x, true);
+    }
+}
+
+// The same on hidden[row] (items of the row, D), and then `drafts` tokens for each row one after the other, the first
+// from the state of item last[row]: out (rows, drafts).
+void foretoken_chain(const Model* m, const Layer* layer, const Items* items, const float* const* hidden, int64_t rows,
+                     const int64_t* last, int64_t drafts, const Picks* picks, int64_t* out) {
+    (m->bfloat16 ? chain<bf16> : chain<float>)(*m, *layer, *items, hidden, rows, last, drafts, *picks, out);
+}
+
+// Logits (rows, V) of states (rows, D) and, unless picks is null, tokens and log-probabilities (rows).
+void foretoken_pick(const Model* m, const float* states, int64_t rows, float* out, const Picks* picks, int64_t* tokens,
+                    float* logprobs) {
+    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, out, picks, tokens, logprobs);
+}
+}

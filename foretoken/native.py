@@ -1,0 +1,296 @@
+"""The decoding step in C++ for CPUs: compiles `kernels.cpp` once a machine, and calls it on the decoder's own tensors.
+
+A compiled step is used for blocks of few tokens in float32 and bfloat16. Prompts, other types and other devices go
+through PyTorch, and so does everything where no C++ compiler is found or FORETOKEN_NATIVE=0 is set: the same tokens,
+several times slower for small models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.cache import KVCache
+from foretoken.layers import BlockStack, SequentialStack
+from foretoken.sampling import Keys
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
+DTYPES = (torch.float32, torch.bfloat16)
+
+_log = logging.getLogger(__name__)
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    pairs = [(field, kind) for kind_names, kind in fields.values() for field in kind_names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
+_INT, _REAL, _AT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_Model = _structure(
+    "_Model",
+    sizes=("bfloat16 threads width heads kv_heads head_dim mlp vocabulary", _INT),
+    eps=("eps", _REAL),
+    weights=("embedding unembedding norm cos sin", _AT),
+)
+_Layer = _structure(
+    "_Layer",
+    weights=("qkv qkv_bias o gate_up down norm_1 norm_2 q_norm k_norm hidden_norm keys values", _AT),
+    capacity=("capacity", _INT),
+)
+_Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
+_Picks = _structure("_Picks", temperature=("temperature", _REAL), arrays=("seed position", _AT))
+
+
+@functools.cache
+def _array(kind: Any, count: int) -> Any:
+    return kind * count  # a new type, and as slow to make as one
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, from the cache or made now (some seconds); None where that is not possible or not wanted."""
+    if os.environ.get("FORETOKEN_NATIVE") == "0":
+        return None
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        _log.warning("no C++ compiler (c++, g++ or clang++) found: decoding runs in PyTorch, which is slower")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        _log.warning("decoding runs in PyTorch, which is slower: %s failed: %s", compiler, reason.strip()[-300:])
+        return None
+    for name in ("step", "draft", "chain", "pick"):
+        getattr(loaded, f"foretoken_{name}").restype = None
+    return loaded
+
+
+def _compiled(compiler: str) -> Path:
+    """Path of the library for this source, compiler and processor."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretoken"
+    # PyTorch's own OpenMP: two of them in a process would fight for the cores.
+    openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib[gi]omp*"))
+    command = [compiler, *FLAGS, str(SOURCE), *openmp]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = "\n".join([*command, version, _processor()]).encode() + SOURCE.read_bytes()
+    path = root / f"kernels-{hashlib.sha256(key).hexdigest()[:32]}.so"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            made = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=True, timeout=600)
+            made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that a home folder shared by different machines is safe."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+class Native:
+    """The compiled twin of `Stepper`: the same methods on the same caches, and a chain of drafts as one call.
+
+    States are float32 whatever the weights are. Tensors that are returned belong to the caller.
+    """
+
+    def __init__(
+        self,
+        loaded: ctypes.CDLL,
+        ends: tuple[Tensor, Tensor, Tensor],
+        trunk: Sequence[BlockStack],
+        heads: BlockStack,
+        drafter: SequentialStack | None,
+        eps: float,
+    ) -> None:
+        """ends: embedding (V, D), unembedding (V, D) and final norm (D)."""
+        self.library, self.drafter = loaded, drafter
+        self.stacks = [*((stack, 0) for stack in trunk), *((heads, index) for index in range(heads.m))]
+        self.trunk, (embedding, unembedding, norm) = len(trunk), ends
+        self.vocabulary, self.width = embedding.shape
+        self.tables: tuple[Tensor, Tensor] | None = None
+        self.model = _Model(
+            int(embedding.dtype == torch.bfloat16),
+            torch.get_num_threads(),
+            self.width,
+            heads.heads,
+            heads.kv_heads,
+            heads.head_dim,
+            heads.down.size(2),
+            self.vocabulary,
+            eps,
+            *(tensor.data_ptr() for tensor in (embedding, unembedding, norm)),
+        )
+        self.layers: tuple[Any, Any] = (None, None)
+        self.draft_layer: tuple[Any, Any] = (None, None)
+
+    def use_tables(self, tables: tuple[Tensor, Tensor]) -> None:
+        """Take these rotary tables (positions, H), contiguous and in float32, from now on."""
+        if self.tables is not tables:
+            self.tables = tables  # their addresses stand in the structure
+            self.model.cos, self.model.sin = (table.data_ptr() for table in tables)
+
+    def forward(self, tokens: list[list[int]], cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
+        """See `Stepper.forward`."""
+        hidden, z = self._states(len(tokens), len(tokens[0]), heads)
+        self._step(tokens, cache, heads, z, hidden)
+        return hidden, z
+
+    def step(self, tokens: list[list[int]], cache: KVCache, heads: int, keys: Keys) -> tuple[Any, ...]:
+        """See `Stepper.step`: the fields of a `Stepped`."""
+        B, T = len(tokens), len(tokens[0])
+        hidden, z = self._states(B, T, heads)
+        picks, memory = _picks(keys, T)
+        picked, logprobs = _array(_INT, B * T)(), _array(ctypes.c_float, B * T)()
+        self._step(tokens, cache, heads, z, hidden, ctypes.byref(picks), picked, logprobs)
+        del memory
+        return _rows(picked[:], T), _rows(logprobs[:], T), hidden, z
+
+    def _states(self, B: int, T: int, heads: int) -> tuple[Tensor, Tensor]:
+        return torch.empty(heads, B, T, self.width), torch.empty(B, T, self.width)
+
+    def _step(self, tokens: list[list[int]], cache: KVCache, heads: int, z: Tensor, hidden: Tensor, *pick: Any) -> None:
+        if self.layers[0] != (where := _where(cache)):
+            blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
+            self.layers = where, _array(_Layer, len(blocks))(*blocks)
+        items, memory = _items(tokens, cache)
+        self.library.foretoken_step(
+            ctypes.byref(self.model), self.layers[1], _INT(self.trunk), _INT(heads), ctypes.byref(items),
+            _AT(z.data_ptr()), _AT(hidden.data_ptr()), *(pick or (None, None, None)),
+        )  # fmt: skip
+        del memory
+        cache.advance(len(tokens[0]))
+
+    def draft(self, tokens: list[list[int]], hidden: Tensor, cache: KVCache) -> Tensor:
+        """See `Stepper.draft`."""
+        states = hidden.float().clone(memory_format=torch.contiguous_format)
+        items, memory = _items(tokens, cache)
+        self.library.foretoken_draft(
+            ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items), _AT(states.data_ptr())
+        )
+        del memory
+        cache.advance(len(tokens[0]))
+        return states
+
+    def chain(
+        self, tokens: list[list[int]], at: Sequence[int], hidden: Tensor, cache: KVCache, keys: Keys, count: int
+    ) -> list[list[int]]:
+        """See `Stepper.chain`."""
+        B, T, K = len(tokens), len(tokens[0]), count
+        assert max(cache.lengths) + T + K - 1 <= cache.capacity, "cache is full"
+        if hidden.dtype != torch.float32 or hidden.stride()[1:] != (self.width, 1):
+            hidden = hidden.float().contiguous()
+        start, stride = hidden.data_ptr(), 4 * hidden.stride(0)
+        items, memory = _items(tokens, cache)
+        last = _array(_INT, B)(*(row * T + index for row, index in enumerate(at)))
+        picks, more = _picks(keys, 1)
+        drafts, states = _array(_INT, B * K)(), _array(_AT, B)(*(start + row * stride for row in range(B)))
+        self.library.foretoken_chain(
+            ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items), states, _INT(B),
+            last, _INT(K), ctypes.byref(picks), drafts,
+        )  # fmt: skip
+        del memory, more
+        cache.advance(T)
+        return _rows(drafts[:], K)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Stepper.logits`."""
+        logits = torch.empty(*hidden.shape[:-1], self.vocabulary)
+        self._pick(hidden, logits, None, None, None)
+        return logits
+
+    def pick(self, states: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens (B, k) and their log-probabilities from states (B, k, D)."""
+        B, k, _ = states.shape
+        picks, memory = _picks(keys, k)
+        tokens, logprobs = _array(_INT, B * k)(), _array(ctypes.c_float, B * k)()
+        self._pick(states, torch.empty(B * k, self.vocabulary), ctypes.byref(picks), tokens, logprobs)
+        del memory
+        return _rows(tokens[:], k), _rows(logprobs[:], k)
+
+    def _pick(self, states: Tensor, logits: Tensor, *pick: Any) -> None:
+        states = states.float().contiguous()
+        rows = states.numel() // self.width
+        self.library.foretoken_pick(
+            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(rows), _AT(logits.data_ptr()), *pick
+        )
+
+    def _drafting(self, cache: KVCache) -> Any:
+        assert self.drafter is not None
+        if self.draft_layer[0] != (where := _where(cache)):
+            self.draft_layer = where, _layer(self.drafter, 0, cache, 0)
+        return self.draft_layer[1]
+
+
+def _where(cache: KVCache) -> tuple[Any, ...]:
+    """What the addresses in a `_Layer` rest on."""
+    return cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
+
+
+def _layer(stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
+    """Addresses of block `index` of a stack, whose keys and values are block `block` of the cache."""
+
+    def at(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor[index].data_ptr()
+
+    norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
+    hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
+    return _Layer(
+        *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
+        *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+        at(hidden_norm),
+        cache.keys[block].data_ptr(),
+        cache.values[block].data_ptr(),
+        cache.capacity,
+    )
+
+
+def _items(tokens: list[list[int]], cache: KVCache) -> tuple[Any, Any]:
+    """Items of T tokens for each row of a cache, a chain behind what it holds; and the memory they lie in."""
+    count = len(tokens[0])
+    assert max(cache.lengths) + count <= cache.capacity, "cache is full"
+    ids, rows, slots, bases = list[int](), list[int](), list[int](), list[int]()
+    for row, (start, new) in enumerate(zip(cache.lengths, tokens, strict=True)):
+        ids += new
+        rows += [row] * count
+        slots += range(start, start + count)
+        bases += [start] * count
+    seen = [(2 << index) - 1 for index in range(count)] * len(tokens)
+    R = len(ids)
+    memory = _array(_INT, 6 * R)(*ids, *rows, *slots, *slots, *bases, *seen)
+    start = ctypes.addressof(memory)
+    return _Items(R, *range(start, start + 48 * R, 8 * R)), memory
+
+
+def _picks(keys: Keys, each: int) -> tuple[Any, Any]:
+    """The keys of `each` tokens a request, and the memory they lie in."""
+    seeds = [seed for seed in keys.seeds for _ in range(each)]
+    positions = [first + index for first in keys.positions for index in range(each)]
+    memory = (_INT * (2 * len(seeds)))(*seeds, *positions)
+    start = ctypes.addressof(memory)
+    return _Picks(keys.sampling.temperature, start, start + 8 * len(seeds)), memory
+
+
+def _rows(values: list[Any], each: int) -> list[list[Any]]:
+    return [values[start : start + each] for start in range(0, len(values), each)]
