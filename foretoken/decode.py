@@ -20,7 +20,7 @@ from foretoken.draft import make_drafter
 from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.request import Request, Step
-from foretoken.sampling import Keys, Sampling, accepted
+from foretoken.sampling import Keys, Sampling
 
 
 def decode(
@@ -38,7 +38,8 @@ def decode(
     if not waiting:
         return
     stepper, rows = model.stepper(), min(len(waiting), slots or len(waiting))
-    capacity = max(len(r.prompt) + r.max_tokens for r in waiting) + drafts + 1
+    # The last step may begin one token before the end, accept K drafts and draft K more.
+    capacity = max(len(r.prompt) + r.max_tokens for r in waiting) + 2 * drafts + 1
     drafter = make_drafter(stepper, drafts, rows, capacity)
     cache = stepper.new_cache(rows, capacity, drafter.heads)
     cache.select([])
@@ -68,27 +69,21 @@ def decode(
         if not batch:
             continue
         tokens = [[request.ids[-1], *draft] for request, draft in zip(batch, drafted, strict=True)]
-        done = stepper.step(tokens, cache, drafter.heads, ahead or keys(batch, drafts + 1))
-        counts = [accepted(draft, picked) for draft, picked in zip(drafted, done.picked, strict=True)]
+        turn = drafter.turn(batch, tokens, cache, ahead or keys(batch, drafts + 1))
         for row, request in enumerate(batch):
             if request.finish_reason is None:
-                new = _commit(request, done.picked[row][: counts[row] + 1], done.logprobs[row])
-                request.steps.append(Step(tuple(drafted[row]), min(counts[row], len(new)), len(new)))
+                count = turn.accepted[row]
+                new = _commit(request, turn.picked[row][: count + 1], turn.logprobs[row])
+                request.steps.append(Step(tuple(drafted[row]), min(count, len(new)), len(new)))
                 yield request, new
         # Everything committed stays but the newest token, which has not been through the model yet.
         cache.roll_back([min(n, r.length - 1) for n, r in zip(cache.lengths, batch, strict=True)])
-        hidden, z = done.hidden, done.z
+        drafted, ahead = turn.drafts, turn.ahead
         alive = [row for row, request in enumerate(batch) if request.finish_reason is None]
         if len(alive) < len(batch):
             cache.select(alive)
             drafter.select(alive)
-            batch, counts = [batch[row] for row in alive], [counts[row] for row in alive]
-            hidden, z = hidden[:, alive], z[alive]
-        if batch:
-            ahead = keys(batch, drafts + 1)
-            drafted = drafter.propose(batch, counts, hidden, z, ahead)
-        else:
-            drafted = []
+            batch, drafted, ahead = [batch[row] for row in alive], [drafted[row] for row in alive], None
 
 
 def check_requests(model: Model, requests: Sequence[Request], drafts: int) -> None:

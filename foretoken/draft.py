@@ -1,120 +1,185 @@
-"""Where drafts come from: one small class a source, one signature.
-
-The model has run on some positions, and up to one of them everything is committed. `propose` gives the K tokens that
-are likely to stand behind the committed ones.
-"""
+"""Where drafts come from: one small class a source, one signature; and a step of the model with its drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foretoken.cache import KVCache
 from foretoken.model import Stepper
+from foretoken.native import MOST_TOKENS
 from foretoken.request import Request
-from foretoken.sampling import Keys
+from foretoken.sampling import DRAFT, Keys, accepted
 
 
-class Drafter(Protocol):
+# Drafts (B, K), and the logits (B, K, V) they were picked from.
+Proposal = tuple[list[list[int]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a step gave: the tokens (B, T) that the target picks, their log-probabilities, how many drafts of each row
+    they accept, the next drafts (B, K) and the noise these were picked with, which is to verify them too."""
+
+    picked: list[list[int]]
+    logprobs: list[list[float]]
+    accepted: list[int]
+    drafts: list[list[int]]
+    ahead: Keys
+
+
+class Drafter:
     """Drafts K tokens a step for the rows of a batch.
 
-    heads: how many heads the model's own forward must run for it, head 1 included.
+    heads: how many heads the model's own forward must run for it, head 1 included. cache: the drafter's own, if any.
+    proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
+    compiled: whether `turn` may run as one compiled call, which drafts as the model's own heads do.
     """
 
-    heads: int
+    heads = 1
+    cache: KVCache | None = None
+    proposed: Tensor | None = None
+    compiled = True
+
+    def __init__(self, stepper: Stepper, drafts: int) -> None:
+        self.stepper, self.drafts = stepper, drafts
 
     def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """Take a request as the batch's last row: K drafts behind its first token.
 
         hidden (heads, 1, T, D) and z (1, T, D): what the model's forward returned for its prompt.
         """
-        ...
+        drafts, proposed = self.first(request, hidden, z, keys)
+        if keys.rejection and proposed is not None:
+            self.proposed = proposed if self.proposed is None else torch.cat((self.proposed, proposed.float()))
+        return drafts[0]
+
+    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
+        """The drafts of `join`, as `propose` gives them."""
+        return self.propose([request], [[request.ids[-1]]], [z.size(1) - 1], hidden, z, keys)
 
     def propose(
-        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
-    ) -> list[list[int]]:
-        """Drafts (B, K) behind the committed tokens; those of `keys` are picked with the noise of their positions.
+        self,
+        requests: Sequence[Request],
+        new: list[list[int]],
+        at: Sequence[int],
+        hidden: Tensor,
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
+        """Drafts (B, K) behind `new`, the tokens that each row commits, and the logits they were picked from.
 
         hidden (heads, B, T, D) and z (B, T, D): what the model's forward returned for the newest positions; `at` says
         for each row at which of them its last token but one stands, whose head 1 picked its last.
         """
-        ...
+        return [[] for _ in requests], None
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only `rows` of the batch, in this order."""
-        ...
+        if self.cache is not None:
+            self.cache.select(rows)
+        if self.proposed is not None:
+            self.proposed = self.proposed[list(rows)] if rows else None
+
+    def turn(self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys) -> Turn:
+        """Run the model on `tokens` (B, K + 1), each row's last one and its drafts; accept, and draft on."""
+        native, device = self.stepper.native, self.stepper.model.device
+        short = len(tokens[0]) + self.drafts < MOST_TOKENS
+        if native is not None and self.compiled and short and not keys.sampling.filters:
+            self.stepper.grow_tables(cache)
+            found = native.turn(tokens, cache, self.cache, keys, self.drafts, self.proposed)
+            picked, logprobs, counts, drafts, self.proposed = found
+            return Turn(picked, logprobs, counts, drafts, keys.behind([count + 1 for count in counts]))
+        hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
+        if keys.rejection and self.proposed is not None:
+            drafted = torch.tensor([row[1:] for row in tokens], device=device)
+            picked, logprobs, counts = self.stepper.reject(hidden[0], drafted, self.proposed, keys)
+        else:
+            picked, logprobs = self.stepper.pick_targets(hidden[0], keys)
+            counts = [accepted(row[1:], own) for row, own in zip(tokens, picked, strict=True)]
+        new = [own[: count + 1] for own, count in zip(picked, counts, strict=True)]
+        ahead = keys.behind([count + 1 for count in counts])
+        drafts, self.proposed = self.propose(requests, new, counts, hidden, z, ahead)
+        return Turn(picked, logprobs, counts, drafts, ahead)
 
 
-class ParallelDrafter:
+class ParallelDrafter(Drafter):
     """Heads 2..K+1, which ran with head 1: drafts cost no pass of their own, and do not see each other."""
 
     def __init__(self, stepper: Stepper, drafts: int) -> None:
-        self.stepper, self.heads = stepper, drafts + 1
-
-    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
-        """See `Drafter`."""
-        return self.propose([request], [z.size(1) - 1], hidden, z, keys)[0]
+        super().__init__(stepper, drafts)
+        self.heads = drafts + 1
 
     def propose(
-        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
-    ) -> list[list[int]]:
+        self,
+        requests: Sequence[Request],
+        new: list[list[int]],
+        at: Sequence[int],
+        hidden: Tensor,
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
         """See `Drafter`."""
-        if self.heads == 1:
-            return [[] for _ in requests]
-        if len(at) == 1:
-            states = hidden[1:, :, at[0]].transpose(0, 1)  # (1, K, D)
-        else:
-            rows = torch.arange(len(at), device=hidden.device)
-            states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
-        return self.stepper.pick_drafts(states, keys)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Nothing is kept between steps."""
+        if not self.drafts:
+            return [[] for _ in requests], None
+        rows = torch.arange(len(at), device=hidden.device)
+        states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
+        drafts, proposed = self.stepper.pick_drafts(states, keys.stream(DRAFT) if keys.rejection else keys)
+        return drafts.tolist(), proposed
 
 
-class SequentialDrafter:
+class SequentialDrafter(Drafter):
     """One block that drafts token after token through its own cache: each draft sees those before it.
 
     1. The block runs on the newly committed positions, each with the token that follows it: these keys stay.
     2. It goes on from its own state and draft, K - 1 times. These keys are forgotten: true ones follow.
     """
 
-    heads = 1
+    cache: KVCache
 
     def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
-        self.stepper, self.drafts = stepper, drafts
+        super().__init__(stepper, drafts)
         self.cache = stepper.new_draft_cache(rows, capacity)
         self.cache.select([])
 
-    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
+    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
         """See `Drafter`."""
-        row, last = self.cache.vacant(), z.size(1) - 1
-        if last:
-            self.stepper.draft(torch.tensor([request.prompt[1:]], device=z.device), z[:, :last], row)
-        drafts = self._chain(row, [request], [0], z[:, last:], keys)
+        row = self.cache.vacant()
+        following = [*request.prompt[1:], request.ids[-1]]
+        proposal = self._chain(row, [following], [len(following) - 1], z, keys)
         self.cache.join(row)
-        return drafts[0]
+        return proposal
 
     def propose(
-        self, requests: Sequence[Request], at: Sequence[int], hidden: Tensor, z: Tensor, keys: Keys
-    ) -> list[list[int]]:
+        self,
+        requests: Sequence[Request],
+        new: list[list[int]],
+        at: Sequence[int],
+        hidden: Tensor,
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
         """See `Drafter`."""
-        return self._chain(self.cache, requests, at, z[:, : max(at) + 1], keys)
+        return self._chain(self.cache, new, at, z[:, : max(at) + 1], keys)
 
-    def _chain(
-        self, cache: KVCache, requests: Sequence[Request], at: Sequence[int], z: Tensor, keys: Keys
-    ) -> list[list[int]]:
-        following = [r.since(start + 1) for r, start in zip(requests, cache.lengths, strict=True)]
-        assert [len(tokens) for tokens in following] == [index + 1 for index in at]
-        padded = [tokens + [0] * (z.size(1) - len(tokens)) for tokens in following]
-        return self.stepper.chain(padded, at, z, cache, keys, self.drafts)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """See `Drafter`."""
-        self.cache.select(rows)
+    def _chain(self, cache: KVCache, new: list[list[int]], at: Sequence[int], z: Tensor, keys: Keys) -> Proposal:
+        device, count = z.device, z.size(1)
+        keys = keys.stream(DRAFT) if keys.rejection else keys
+        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, new, strict=True)]
+        padded = [tokens + [0] * (count - len(tokens)) for tokens in new]
+        states = self.stepper.draft(torch.tensor(padded, device=device), z, cache)
+        cache.roll_back(kept)  # what was padding
+        state = states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]  # (B, 1, D)
+        picks = [self.stepper.pick_drafts(state, keys)]
+        while len(picks) < self.drafts:
+            state = self.stepper.draft(picks[-1][0], state, cache)
+            picks.append(self.stepper.pick_drafts(state, keys, len(picks)))
+        cache.roll_back(kept)
+        drafts, proposed = (torch.cat(parts, 1) for parts in zip(*picks, strict=True))
+        return drafts.tolist(), proposed
 
 
 def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int) -> Drafter:

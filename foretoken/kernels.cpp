@@ -260,10 +260,18 @@ struct Items {
     const uint64_t* seen;
 };
 
-// How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token).
-struct Picks {
+// A step for each of `rows` rows: `tokens` tokens each, the last committed one and its drafts, and then `drafts` new ones.
+// How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token);
+// position[row] is the absolute one of the token behind the row's first.
+struct Turn {
+    int64_t rows, tokens, drafts, rejection;
     double temperature;
-    const int64_t *seed, *position;
+    const int64_t *token, *length, *draft_length, *seed, *position;  // (rows, tokens); lengths of the caches' rows
+    int64_t *picked, *accepted, *draft;                              // (rows, tokens), (rows), (rows, drafts)
+    float* logprob;                                                  // (rows, tokens)
+    // With rejection: logits (rows, tokens - 1, V) and (rows, drafts, V) that the old and the new drafts come from.
+    const float* proposed;
+    float* proposal;
 };
 }
 
@@ -397,8 +405,9 @@ class Runner {
     void rotate(float* x, const void* norm, int64_t position, Out* y) const {
         if (norm) normalise(x, (const W*)norm, H, m.eps, x);
         const float *cos = m.cos + position * H, *sin = m.sin + position * H;
-        for (int64_t i = 0, half = H / 2; i < H; ++i)
-            narrow(x[i] * cos[i] + x[i < half ? i + half : i - half] * sin[i], y[i]);
+        const int64_t half = H / 2;
+        for (int64_t i = 0; i < half; ++i) narrow(x[i] * cos[i] + x[i + half] * sin[i], y[i]);
+        for (int64_t i = half; i < H; ++i) narrow(x[i] * cos[i] + x[i - half] * sin[i], y[i]);
     }
 
     // One unit of work is a key/value head of a cache row: who writes its keys also reads them.
@@ -521,6 +530,45 @@ int64_t pick(const float* logits, int64_t V, double temperature, uint64_t seed, 
     return winner;
 }
 
+// Streams of noise beside the target's own, as in sampling.py.
+constexpr uint64_t DRAFT = 0xD1B54A32D192ED03u, ACCEPT = 0xAEF17502108EF2D9u;
+
+// softmax(logits / temperature), token by token.
+struct Softmax {
+    const float* logits;
+    float most;
+    double scale, total = 0;
+    Softmax(const float* x, int64_t V, double temperature)
+        : logits(x), most(*std::max_element(x, x + V)), scale(1 / temperature) {
+        for (int64_t v = 0; v < V; ++v) total += std::exp(float((x[v] - most) * scale));
+    }
+    double operator()(int64_t v) const { return std::exp(float((logits[v] - most) * scale)) / total; }
+};
+
+// Chen et al. 2023: accept a draft with min(1, p / q), else draw from the positive part of p - q. Picks the tokens of
+// one row, logits (count + 1, V), and says how many of its drafts they begin with.
+int64_t reject(const float* logits, const float* proposed, const int64_t* drafts, int64_t count, int64_t V,
+               double temperature, uint64_t seed, uint64_t position, int64_t* picked) {
+    for (int64_t k = 0; k < count; ++k) {
+        const Softmax p(logits + k * V, V, temperature), q(proposed + k * V, V, temperature);
+        const double u = (double(mix64(mix64(mix64(seed ^ ACCEPT) ^ (position + k))) >> 12) + 0.5) / double(1ull << 52);
+        picked[k] = drafts[k];
+        if (u * q(drafts[k]) < p(drafts[k])) continue;
+        std::vector<float> rest(V);
+        bool some = false;
+        for (int64_t v = 0; v < V; ++v) {
+            const double more = p(v) - q(v);
+            rest[v] = more > 0 ? float(std::log(more)) : -INFINITY;
+            some = some || more > 0;
+        }
+        picked[k] = some ? pick(rest.data(), V, 1, seed, position + k)
+                         : pick(logits + k * V, V, temperature, seed, position + k);
+        return k;
+    }
+    picked[count] = pick(logits + count * V, V, temperature, seed, position + count);
+    return count;
+}
+
 float log_probability(const float* logits, int64_t V, int64_t token) {
     const float most = *std::max_element(logits, logits + V);
     vec total = {};
@@ -531,129 +579,193 @@ float log_probability(const float* logits, int64_t V, int64_t token) {
     return logits[token] - most - float(std::log(rest));
 }
 
-// Tokens of rows of logits and, unless null, their log-probabilities; with all threads.
-void pick_rows(const Model& m, const float* logits, int64_t rows, const Picks& picks, int64_t* tokens, float* logprobs) {
-    const int64_t V = m.vocabulary;
-    for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
-        tokens[r] = pick(logits + r * V, V, picks.temperature, picks.seed[r], picks.position[r]);
-        if (logprobs) logprobs[r] = log_probability(logits + r * V, V, tokens[r]);
+// Items that are made here: chains behind what the caches hold.
+struct Chain {
+    std::vector<int64_t> token, row, slot, base;
+    std::vector<uint64_t> seen;
+    void push(int64_t id, int64_t r, int64_t start, int64_t index) {
+        token.push_back(id), row.push_back(r), slot.push_back(start + index), base.push_back(start);
+        seen.push_back((uint64_t(2) << index) - 1);
     }
-}
+    Items items() const {
+        return {int64_t(token.size()), token.data(), row.data(), slot.data(), slot.data(), base.data(), seen.data()};
+    }
+};
 
 template <class W>
-void step(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, const Items& items, float* z, float* hidden,
-          const Picks* picks, int64_t* tokens, float* logprobs) {
+class Turner {
+    const Model& m;
+    const Turn& t;
+    const int64_t B, T, K, D, V;
+    Runner<W> run;
+    Chain verified, kept, next;
+    Buffer<float> z, hidden, states, scores;
+    std::vector<int64_t> last;  // the kept item of each row from which its drafts start
+
+  public:
+    Turner(const Model& model, const Turn& turn)
+        : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), run(m, B * (T + K)),
+          z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V), last(B) {
+        for (int64_t i = 0; i < B * T; ++i) verified.push(t.token[i], i / T, t.length[i / T], i % T);
+    }
+
+    // In a parallel region, like what it calls.
+    void go(const Layer* layers, int64_t trunk, int64_t heads, const Layer* drafter) {
+        const Items items = verified.items();
+        for (Part p(B * T); p.begin < p.end; ++p.begin) run.embed(items.token[p.begin], z.data() + p.begin * D);
+        barrier();
+        for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z.data(), false);
+        const Part p(B * T * D);
+        std::copy(z.data() + p.begin, z.data() + p.end, hidden.data() + p.begin);
+        barrier();
+        run.block(layers[trunk], items, hidden.data(), false);
+        run.logits(hidden.data(), B * T, scores.data());
+        for (int64_t b = omp_get_thread_num(); t.rejection && b < B; b += omp_get_num_threads())
+            t.accepted[b] = reject(scores.data() + b * T * V, t.proposed + b * (T - 1) * V, t.token + b * T + 1, T - 1, V,
+                                   t.temperature, t.seed[b], t.position[b], t.picked + b * T);
+        if (t.rejection) barrier();
+        for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads()) {
+            if (t.rejection && i % T > t.accepted[i / T]) continue;
+            if (!t.rejection) t.picked[i] = pick(scores.data() + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + i % T);
+            t.logprob[i] = log_probability(scores.data() + i * V, V, t.picked[i]);
+        }
+        barrier();
+#pragma omp single
+        accept(drafter ? t.draft_length : t.length);
+        if (K && drafter) chain(*drafter);
+        if (K && !drafter) branch(layers + trunk + 1, heads - 1);
+    }
+
+  private:
+    void accept(const int64_t* lengths) {
+        for (int64_t b = 0; b < B; ++b) {
+            int64_t a = t.rejection ? t.accepted[b] : 0;
+            while (!t.rejection && a + 1 < T && t.token[b * T + a + 1] == t.picked[b * T + a]) ++a;
+            t.accepted[b] = a;
+            for (int64_t i = 0; i <= a; ++i) kept.push(t.picked[b * T + i], b, lengths[b], i);
+            last[b] = int64_t(kept.token.size()) - 1;
+        }
+    }
+
+    // The trunk's output at the kept items.
+    void start() {
+        for (Part p(B); p.begin < p.end; ++p.begin) {
+            const int64_t b = p.begin;
+            const int64_t count = t.accepted[b] + 1;
+            std::copy_n(z.data() + b * T * D, count * D, states.data() + (last[b] + 1 - count) * D);
+        }
+        barrier();
+    }
+
+    // A sequential head: its block on the kept items, then on its own drafts.
+    void chain(const Layer& layer) {
+        start();
+        run.block(layer, kept.items(), states.data(), true);
+        const Part p(B);
+        for (int64_t b = p.begin; b < p.end; ++b)
+            std::copy_n(states.data() + last[b] * D, D, hidden.data() + b * D);
+        barrier();
+        for (int64_t d = 0; d < K; ++d) {
+            run.logits(hidden.data(), B, scores.data());
+            for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * V, b, d);
+            barrier();
+            if (d + 1 == K) break;
+#pragma omp single
+            {
+                next = Chain();
+                for (int64_t b = 0; b < B; ++b) next.push(t.draft[b * K + d], b, kept.slot[last[b]] + 1, d);
+            }
+            run.block(layer, next.items(), hidden.data(), true);
+        }
+    }
+
+    // Parallel heads, each on the kept items.
+    void branch(const Layer* layers, int64_t heads) {
+        const Part p(B);
+        for (int64_t h = 0; h < heads; ++h) {
+            start();
+            run.block(layers[h], kept.items(), states.data(), false);
+            for (int64_t b = p.begin; b < p.end; ++b)
+                std::copy_n(states.data() + last[b] * D, D, hidden.data() + (b * heads + h) * D);
+            barrier();
+        }
+        run.logits(hidden.data(), B * heads, scores.data());
+        for (int64_t i = omp_get_thread_num(); i < B * heads; i += omp_get_num_threads())
+            propose(scores.data() + i * V, i / heads, i % heads);
+    }
+
+    void propose(const float* logits, int64_t b, int64_t d) {
+        const uint64_t seed = uint64_t(t.seed[b]) ^ (t.rejection ? DRAFT : 0);
+        t.draft[b * K + d] = pick(logits, V, t.temperature, seed, t.position[b] + t.accepted[b] + 1 + d);
+        if (t.rejection) std::copy_n(logits, V, t.proposal + (b * K + d) * V);
+    }
+};
+
+template <class W>
+void forward(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, const Items& items, float* z,
+             float* hidden) {
     const int64_t R = items.count, D = m.width;
     Runner<W> run(m, R);
-    Buffer<float> logits(picks ? R * m.vocabulary : 0);
 #pragma omp parallel num_threads(m.threads)
     {
         for (Part p(R); p.begin < p.end; ++p.begin) run.embed(items.token[p.begin], z + p.begin * D);
         barrier();
         for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z, false);
         for (int64_t h = 0; h < heads; ++h) {
-            float* x = hidden + h * R * D;
             const Part p(R * D);
-            std::copy(z + p.begin, z + p.end, x + p.begin);
+            std::copy(z + p.begin, z + p.end, hidden + h * R * D + p.begin);
             barrier();
-            run.block(layers[trunk + h], items, x, false);
-        }
-        if (picks) {
-            run.logits(hidden, R, logits.data());
-            pick_rows(m, logits.data(), R, *picks, tokens, logprobs);
+            run.block(layers[trunk + h], items, hidden + h * R * D, false);
         }
     }
 }
 
 template <class W>
-void logits(const Model& m, const float* states, int64_t rows, float* out, const Picks* picks, int64_t* tokens,
-            float* logprobs) {
+void draft(const Model& m, const Layer& layer, const Items& items, float* x) {
+    Runner<W> run(m, items.count);
+#pragma omp parallel num_threads(m.threads)
+    run.block(layer, items, x, true);
+}
+
+template <class W>
+void logits(const Model& m, const float* states, int64_t rows, float* out) {
     Runner<W> run(m, rows);
 #pragma omp parallel num_threads(m.threads)
-    {
-        run.logits(states, rows, out);
-        if (picks) pick_rows(m, out, rows, *picks, tokens, logprobs);
-    }
+    run.logits(states, rows, out);
 }
 
-// Items of a forward behind others, one for each of `rows` rows.
-struct Further {
-    std::vector<int64_t> token, row, slot, position, base;
-    std::vector<uint64_t> seen;
-    explicit Further(int64_t rows) : token(rows), row(rows), slot(rows), position(rows), base(rows), seen(rows) {}
-    Items items() const {
-        return {int64_t(token.size()), token.data(), row.data(), slot.data(), position.data(), base.data(), seen.data()};
-    }
-};
-
 template <class W>
-void chain(const Model& m, const Layer& layer, const Items& items, const float* const* hidden, int64_t rows,
-           const int64_t* last, int64_t drafts, const Picks& picks, int64_t* out) {
-    const int64_t D = m.width, V = m.vocabulary, each = items.count / rows;
-    Runner<W> run(m, std::max(items.count, rows));
-    Further next(rows);
-    const Items further = next.items();
-    Buffer<float> states(items.count * D), state(rows * D), scratch(rows * V);
-    for (int64_t b = 0; b < rows; ++b) std::copy(hidden[b], hidden[b] + each * D, states.data() + b * each * D);
+void turn(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, const Layer* drafter, const Turn& t) {
+    Turner<W> turner(m, t);
 #pragma omp parallel num_threads(m.threads)
-    {
-        run.block(layer, items, states.data(), true);
-        const Part part(rows);
-        for (int64_t b = part.begin; b < part.end; ++b)
-            std::copy_n(states.data() + last[b] * D, D, state.data() + b * D);
-        barrier();
-        for (int64_t d = 0; d < drafts; ++d) {
-            run.logits(state.data(), rows, scratch.data());
-            for (int64_t b = part.begin; b < part.end; ++b) {
-                const int64_t i = last[b];
-                const int64_t token = pick(scratch.data() + b * V, V, picks.temperature, picks.seed[b], picks.position[b] + d);
-                out[b * drafts + d] = next.token[b] = token;
-                next.row[b] = items.row[i];
-                next.slot[b] = items.slot[i] + 1 + d;
-                next.position[b] = items.position[i] + 1 + d;
-                next.base[b] = items.slot[i] + 1;
-                next.seen[b] = d < 63 ? (uint64_t(2) << d) - 1 : ~uint64_t(0);
-            }
-            barrier();
-            if (d + 1 < drafts) run.block(layer, further, state.data(), true);
-        }
-    }
+    turner.go(layers, trunk, heads, drafter);
 }
 
 }  // namespace
 
 extern "C" {
 
-// z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. Unless picks is null,
-// tokens (R) are picked from head 1's.
-void foretoken_step(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, const Items* items, float* z,
-                    float* hidden, const Picks* picks, int64_t* tokens, float* logprobs) {
-    (m->bfloat16 ? step<bf16> : step<float>)(*m, layers, trunk, heads, *items, z, hidden, picks, tokens, logprobs);
+// z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised.
+void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, const Items* items, float* z,
+                       float* hidden) {
+    (m->bfloat16 ? forward<bf16> : forward<float>)(*m, layers, trunk, heads, *items, z, hidden);
 }
 
 // The block of a sequential head on x (R, D), in place.
 void foretoken_draft(const Model* m, const Layer* layer, const Items* items, float* x) {
-    if (m->bfloat16) {
-        Runner<bf16> run(*m, items->count);
-#pragma omp parallel num_threads(m->threads)
-        run.block(*layer, *items, x, true);
-    } else {
-        Runner<float> run(*m, items->count);
-#pragma omp parallel num_threads(m->threads)
-        run.block(*layer, *items, x, true);
-    }
+    (m->bfloat16 ? draft<bf16> : draft<float>)(*m, *layer, *items, x);
 }
 
-// The same on hidden[row] (items of the row, D), and then `drafts` tokens for each row one after the other, the first
-// from the state of item last[row]: out (rows, drafts).
-void foretoken_chain(const Model* m, const Layer* layer, const Items* items, const float* const* hidden, int64_t rows,
-                     const int64_t* last, int64_t drafts, const Picks* picks, int64_t* out) {
-    (m->bfloat16 ? chain<bf16> : chain<float>)(*m, *layer, *items, hidden, rows, last, drafts, *picks, out);
+// Logits (rows, V) of states (rows, D).
+void foretoken_logits(const Model* m, const float* states, int64_t rows, float* out) {
+    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, out);
 }
 
-// Logits (rows, V) of states (rows, D) and, unless picks is null, tokens and log-probabilities (rows).
-void foretoken_pick(const Model* m, const float* states, int64_t rows, float* out, const Picks* picks, int64_t* tokens,
-                    float* logprobs) {
-    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, out, picks, tokens, logprobs);
+// A whole step: the forward, the target's tokens, how many drafts they accept, and the next drafts; of the block
+// `drafter` if there is one, else of heads 2..heads. The drafter's cache then holds the accepted positions, and keys of
+// drafts behind them.
+void foretoken_turn(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, const Layer* drafter,
+                    const Turn* t) {
+    (m->bfloat16 ? turn<bf16> : turn<float>)(*m, layers, trunk, heads, drafter, *t);
 }
 }

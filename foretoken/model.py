@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from foretoken.config import ModelConfig, Shared
 from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
-from foretoken.sampling import Keys
+from foretoken.sampling import Keys, filtered, rejection
 
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
@@ -139,7 +138,7 @@ class Model(nn.Module):
 class Stepper:
     """The model as decoding runs it: cached, ragged positions, all heads of a step in one batched block.
 
-    Blocks of few tokens on a CPU run compiled (`native`), and so does the picking of tokens where no filter applies.
+    Blocks of few tokens on a CPU run compiled, by `native`.
     """
 
     def __init__(self, model: Model, compiled: bool = True) -> None:
@@ -183,7 +182,7 @@ class Stepper:
         normalised. The cache then holds all T positions: roll back those that are not kept.
         """
         T = tokens.size(1)
-        self._grow_tables(cache)
+        self.grow_tables(cache)
         if self.native is not None and T <= MOST_TOKENS:
             return self.native.forward(tokens.tolist(), cache, heads)
         positions = cache.positions(T)
@@ -195,26 +194,26 @@ class Stepper:
         cache.advance(T)
         return hidden, x[0]
 
-    def step(self, tokens: list[list[int]], cache: KVCache, heads: int, keys: Keys) -> Stepped:
-        """`forward` on T tokens of every row, and the tokens that head 1 picks behind each of them."""
-        if self.native is not None and len(tokens[0]) <= MOST_TOKENS:
-            self._grow_tables(cache)
-            if not keys.sampling.filters:
-                return Stepped(*self.native.step(tokens, cache, heads, keys))
-        hidden, z = self.forward(torch.tensor(tokens, device=self.model.device), cache, heads)
-        return Stepped(*pick_targets(self.logits(hidden[0]), keys), hidden, z)
-
     def pick_targets(self, states: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
         """The target's own tokens (B, k) and their log-probabilities from head 1's states (B, k, D)."""
-        if self.native is not None and not keys.sampling.filters:
-            return self.native.pick(states, keys)
         return pick_targets(self.logits(states), keys)
 
-    def pick_drafts(self, states: Tensor, keys: Keys) -> list[list[int]]:
-        """Drafts (B, K) of a step from their heads' states (B, K, D)."""
-        if self.native is not None and not keys.sampling.filters:
-            return self.native.pick(states, keys)[0]
-        return keys.choose(self.logits(states)).tolist()  # type: ignore[no-any-return]
+    def reject(
+        self, states: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys
+    ) -> tuple[list[list[int]], list[list[float]], list[int]]:
+        """Tokens (B, K + 1), their log-probabilities, and how many are accepted drafts; see `sampling.rejection`."""
+        logits = self.logits(states)
+        tokens, accepted = rejection(logits, drafts, proposed, keys)
+        return tokens, logprobs_of(logits, torch.tensor(tokens, device=logits.device)), accepted
+
+    def pick_drafts(self, states: Tensor, keys: Keys, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Drafts (B, k), the first of them number `first` of its step, from their heads' states (B, k, D).
+
+        Also the logits (B, k, V) of the law they are picked by, which acceptance by rejection needs.
+        """
+        logits = self.logits(states)
+        drafts = keys.choose(logits, first)
+        return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
 
     @torch.inference_mode()
     def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
@@ -224,7 +223,7 @@ class Stepper:
         (B, T, D), not normalised, which predict the tokens behind `tokens`.
         """
         assert self.drafter is not None
-        self._grow_tables(cache)
+        self.grow_tables(cache)
         if self.native is not None and tokens.size(1) <= MOST_TOKENS:
             return self.native.draft(tokens.tolist(), hidden, cache)
         positions = cache.positions(tokens.size(1))
@@ -234,30 +233,6 @@ class Stepper:
         cache.advance(tokens.size(1))
         return state
 
-    def chain(
-        self, tokens: list[list[int]], at: Sequence[int], hidden: Tensor, cache: KVCache, keys: Keys, count: int
-    ) -> list[list[int]]:
-        """`draft`, and then `count` drafts (B, K) one after the other, each from the state of the one before.
-
-        at: from which of its T tokens' states each row's first draft comes; the cache keeps what stands up to there.
-        """
-        kept = [start + index + 1 for start, index in zip(cache.lengths, at, strict=True)]
-        if self.native is not None and len(tokens[0]) + count <= MOST_TOKENS and not keys.sampling.filters:
-            self._grow_tables(cache)
-            drafts = self.native.chain(tokens, at, hidden, cache, keys, count)
-            cache.roll_back(kept)
-            return drafts
-        device = self.model.device
-        states = self.draft(torch.tensor(tokens, device=device), hidden, cache)
-        cache.roll_back(kept)  # what was padding
-        state = states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]  # (B, 1, D)
-        picked = [keys.choose(self.logits(state))]
-        while len(picked) < count:
-            state = self.draft(picked[-1], state, cache)
-            picked.append(keys.choose(self.logits(state), len(picked)))
-        cache.roll_back(kept)
-        return torch.cat(picked, 1).tolist()  # type: ignore[no-any-return]
-
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider."""
@@ -265,7 +240,8 @@ class Stepper:
             return self.native.logits(hidden)
         return self.model.logits(self.model.norm(hidden))
 
-    def _grow_tables(self, cache: KVCache) -> None:
+    def grow_tables(self, cache: KVCache) -> None:
+        """Make the rotary tables reach over all positions of a cache."""
         if self.tables is None or self.tables[0].size(0) < cache.capacity:
             self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device), torch.float32)
         if self.native is not None:
@@ -282,21 +258,15 @@ class Stepper:
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """What a step gave: the tokens (B, T) that the target picks, their log-probabilities, and the states behind them."""
-
-    picked: list[list[int]]
-    logprobs: list[list[float]]
-    hidden: Tensor
-    z: Tensor
-
-
 def pick_targets(logits: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
     """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
     tokens = keys.choose(logits)
-    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    return tokens.tolist(), logprobs.tolist()
+    return tokens.tolist(), logprobs_of(logits, tokens)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
+    """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()  # type: ignore[no-any-return]
 
 
 def _detached(tensor: Tensor, yes: bool) -> Tensor:

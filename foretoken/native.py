@@ -53,7 +53,12 @@ _Layer = _structure(
     capacity=("capacity", _INT),
 )
 _Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
-_Picks = _structure("_Picks", temperature=("temperature", _REAL), arrays=("seed position", _AT))
+_Turn = _structure(
+    "_Turn",
+    sizes=("rows tokens drafts rejection", _INT),
+    temperature=("temperature", _REAL),
+    arrays=("token length draft_length seed position picked accepted draft logprob proposed proposal", _AT),
+)
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         _log.warning("decoding runs in PyTorch, which is slower: %s failed: %s", compiler, reason.strip()[-300:])
         return None
-    for name in ("step", "draft", "chain", "pick"):
+    for name in ("forward", "draft", "logits", "turn"):
         getattr(loaded, f"foretoken_{name}").restype = None
     return loaded
 
@@ -152,34 +157,16 @@ class Native:
 
     def forward(self, tokens: list[list[int]], cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
         """See `Stepper.forward`."""
-        hidden, z = self._states(len(tokens), len(tokens[0]), heads)
-        self._step(tokens, cache, heads, z, hidden)
-        return hidden, z
-
-    def step(self, tokens: list[list[int]], cache: KVCache, heads: int, keys: Keys) -> tuple[Any, ...]:
-        """See `Stepper.step`: the fields of a `Stepped`."""
         B, T = len(tokens), len(tokens[0])
-        hidden, z = self._states(B, T, heads)
-        picks, memory = _picks(keys, T)
-        picked, logprobs = _array(_INT, B * T)(), _array(ctypes.c_float, B * T)()
-        self._step(tokens, cache, heads, z, hidden, ctypes.byref(picks), picked, logprobs)
-        del memory
-        return _rows(picked[:], T), _rows(logprobs[:], T), hidden, z
-
-    def _states(self, B: int, T: int, heads: int) -> tuple[Tensor, Tensor]:
-        return torch.empty(heads, B, T, self.width), torch.empty(B, T, self.width)
-
-    def _step(self, tokens: list[list[int]], cache: KVCache, heads: int, z: Tensor, hidden: Tensor, *pick: Any) -> None:
-        if self.layers[0] != (where := _where(cache)):
-            blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
-            self.layers = where, _array(_Layer, len(blocks))(*blocks)
+        hidden, z = torch.empty(heads, B, T, self.width), torch.empty(B, T, self.width)
         items, memory = _items(tokens, cache)
-        self.library.foretoken_step(
-            ctypes.byref(self.model), self.layers[1], _INT(self.trunk), _INT(heads), ctypes.byref(items),
-            _AT(z.data_ptr()), _AT(hidden.data_ptr()), *(pick or (None, None, None)),
+        self.library.foretoken_forward(
+            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(heads), ctypes.byref(items),
+            _AT(z.data_ptr()), _AT(hidden.data_ptr()),
         )  # fmt: skip
         del memory
-        cache.advance(len(tokens[0]))
+        cache.advance(T)
+        return hidden, z
 
     def draft(self, tokens: list[list[int]], hidden: Tensor, cache: KVCache) -> Tensor:
         """See `Stepper.draft`."""
@@ -192,48 +179,64 @@ class Native:
         cache.advance(len(tokens[0]))
         return states
 
-    def chain(
-        self, tokens: list[list[int]], at: Sequence[int], hidden: Tensor, cache: KVCache, keys: Keys, count: int
-    ) -> list[list[int]]:
-        """See `Stepper.chain`."""
-        B, T, K = len(tokens), len(tokens[0]), count
-        assert max(cache.lengths) + T + K - 1 <= cache.capacity, "cache is full"
-        if hidden.dtype != torch.float32 or hidden.stride()[1:] != (self.width, 1):
-            hidden = hidden.float().contiguous()
-        start, stride = hidden.data_ptr(), 4 * hidden.stride(0)
-        items, memory = _items(tokens, cache)
-        last = _array(_INT, B)(*(row * T + index for row, index in enumerate(at)))
-        picks, more = _picks(keys, 1)
-        drafts, states = _array(_INT, B * K)(), _array(_AT, B)(*(start + row * stride for row in range(B)))
-        self.library.foretoken_chain(
-            ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items), states, _INT(B),
-            last, _INT(K), ctypes.byref(picks), drafts,
-        )  # fmt: skip
-        del memory, more
-        cache.advance(T)
-        return _rows(drafts[:], K)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Stepper.logits`."""
+        states = hidden.float().contiguous()
         logits = torch.empty(*hidden.shape[:-1], self.vocabulary)
-        self._pick(hidden, logits, None, None, None)
+        self.library.foretoken_logits(
+            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(states.numel() // self.width), _AT(logits.data_ptr())
+        )
         return logits
 
-    def pick(self, states: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens (B, k) and their log-probabilities from states (B, k, D)."""
-        B, k, _ = states.shape
-        picks, memory = _picks(keys, k)
-        tokens, logprobs = _array(_INT, B * k)(), _array(ctypes.c_float, B * k)()
-        self._pick(states, torch.empty(B * k, self.vocabulary), ctypes.byref(picks), tokens, logprobs)
-        del memory
-        return _rows(tokens[:], k), _rows(logprobs[:], k)
+    def turn(
+        self,
+        tokens: list[list[int]],
+        cache: KVCache,
+        drafts_cache: KVCache | None,
+        keys: Keys,
+        drafts: int,
+        proposed: Tensor | None,
+    ) -> tuple[list[list[int]], list[list[float]], list[int], list[list[int]], Tensor | None]:
+        """A whole step without filters: the target's tokens (B, T) behind `tokens` and their log-probabilities, how many
+        drafts of each row they accept, and the next K drafts (B, K).
 
-    def _pick(self, states: Tensor, logits: Tensor, *pick: Any) -> None:
-        states = states.float().contiguous()
-        rows = states.numel() // self.width
-        self.library.foretoken_pick(
-            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(rows), _AT(logits.data_ptr()), *pick
-        )
+        drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted. For
+        acceptance by rejection, proposed (B, T - 1, V) are the logits that the drafts in `tokens` come from; the last
+        that is returned are those of the new ones.
+        """
+        B, T, K = len(tokens), len(tokens[0]), drafts
+        behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
+        assert max(behind) + T + K <= cache.capacity, "cache is full"
+        flat = [token for row in tokens for token in row]
+        given = _array(_INT, B * (T + 4))(*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions)
+        found, logprobs = _array(_INT, B * (T + 1 + K))(), _array(ctypes.c_float, B * T)()
+        at, to = ctypes.addressof(given), ctypes.addressof(found)
+        rejection = keys.rejection and (T == 1 or proposed is not None)
+        proposal = torch.empty(B, K, self.vocabulary) if rejection else None
+        if proposed is not None:
+            proposed = proposed.float().contiguous()
+        turn = _Turn(
+            B, T, K, int(rejection), keys.sampling.temperature,
+            at, *(at + 8 * B * (T + column) for column in range(4)),
+            to, to + 8 * B * T, to + 8 * B * (T + 1), ctypes.addressof(logprobs),
+            *(None if tensor is None else tensor.data_ptr() for tensor in (proposed, proposal)),
+        )  # fmt: skip
+        self.library.foretoken_turn(
+            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(1 if drafts_cache else K + 1),
+            ctypes.byref(self._drafting(drafts_cache)) if drafts_cache else None, ctypes.byref(turn),
+        )  # fmt: skip
+        accepted = found[B * T : B * (T + 1)]
+        for held in (cache, drafts_cache):
+            if held is not None:
+                held.lengths = [length + count + 1 for length, count in zip(held.lengths, accepted, strict=True)]
+        new = _rows(found[B * (T + 1) :], K, B)
+        return _rows(found[: B * T], T, B), _rows(logprobs[:], T, B), accepted, new, proposal
+
+    def _reading(self, cache: KVCache) -> Any:
+        if self.layers[0] != (where := _where(cache)):
+            blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
+            self.layers = where, _array(_Layer, len(blocks))(*blocks)
+        return self.layers[1]
 
     def _drafting(self, cache: KVCache) -> Any:
         assert self.drafter is not None
@@ -283,14 +286,5 @@ def _items(tokens: list[list[int]], cache: KVCache) -> tuple[Any, Any]:
     return _Items(R, *range(start, start + 48 * R, 8 * R)), memory
 
 
-def _picks(keys: Keys, each: int) -> tuple[Any, Any]:
-    """The keys of `each` tokens a request, and the memory they lie in."""
-    seeds = [seed for seed in keys.seeds for _ in range(each)]
-    positions = [first + index for first in keys.positions for index in range(each)]
-    memory = (_INT * (2 * len(seeds)))(*seeds, *positions)
-    start = ctypes.addressof(memory)
-    return _Picks(keys.sampling.temperature, start, start + 8 * len(seeds)), memory
-
-
-def _rows(values: list[Any], each: int) -> list[list[Any]]:
-    return [values[start : start + each] for start in range(0, len(values), each)]
+def _rows(values: list[Any], each: int, rows: int) -> list[list[Any]]:
+    return [values[row * each : (row + 1) * each] for row in range(rows)]

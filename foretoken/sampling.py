@@ -8,23 +8,39 @@ limit of the same rule. A draft is accepted when it equals the token that the ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foretoken.errors import ConfigError
 
 
+Accept = Literal["keyed", "rejection"]
+
+# Streams of noise beside the target's own, for the seeds of drafts and of acceptance under rejection.
+DRAFT, ACCEPT = 0xD1B54A32D192ED03, 0xAEF17502108EF2D9
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
+    """How tokens are picked. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing.
+
+    accept: the rule by which drafts are accepted. "keyed": a draft must be the token that the target picks with its
+    noise, so drafts change no output. "rejection" (Chen et al. 2023): a draft drawn from q is accepted with probability
+    min(1, p / q), else a token is drawn from the positive part of p - q. It accepts more above temperature 0, and the
+    output has the target's law, but depends on the drafts. At temperature 0 they are the same.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    accept: Accept = "keyed"
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -35,6 +51,8 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p} must lie above 0 and at most at 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p = {self.min_p} must lie between 0 and 1")
+        if self.accept not in get_args(Accept):
+            raise ConfigError(f'accept = "{self.accept}" must be one of {", ".join(get_args(Accept))}')
 
     @property
     def filters(self) -> bool:
@@ -61,6 +79,19 @@ class Keys:
         """(B, count, V), None at temperature 0."""
         seeds, first = (torch.tensor(keys, device=self.device)[:, None] for keys in (self.seeds, self.positions))
         return keyed_noise(seeds, first + torch.arange(self.count, device=self.device), self.vocab_size, self.sampling)
+
+    @property
+    def rejection(self) -> bool:
+        """Whether drafts are drawn by themselves and accepted by rejection."""
+        return self.sampling.accept == "rejection" and self.sampling.temperature > 0
+
+    def stream(self, salt: int) -> Keys:
+        """Those of another stream of noise, independent of this one."""
+        return replace(self, seeds=[seed ^ _signed(salt) for seed in self.seeds])
+
+    def behind(self, counts: Sequence[int]) -> Keys:
+        """Those of as many tokens behind the next `counts` (B) ones."""
+        return replace(self, positions=[first + count for first, count in zip(self.positions, counts, strict=True)])
 
     def choose(self, logits: Tensor, first: int = 0) -> Tensor:
         """Tokens (B, k) from logits (B, k, V), the first of them number `first`."""
@@ -108,6 +139,31 @@ def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
     return (kept if noise is None else kept + noise.to(kept.dtype)).argmax(-1)
 
 
+def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[list[list[int]], list[int]]:
+    """Tokens (B, K + 1) and how many of them are accepted drafts, by the rule of `Sampling`; what follows the next is 0.
+
+    logits (B, K + 1, V) are the target's, drafts (B, K) were drawn from softmax(proposed (B, K, V) / temperature).
+    """
+    temperature, count = keys.sampling.temperature, drafts.size(1)
+    p = (filtered(logits, keys.sampling) / temperature).softmax(-1)
+    q = (proposed.to(p.dtype) / temperature).softmax(-1)
+    seeds, first = (torch.tensor(k, device=logits.device)[:, None] for k in (keys.stream(ACCEPT).seeds, keys.positions))
+    u = uniform(_mix(_mix(_mix(seeds) ^ (first + torch.arange(count, device=logits.device)))))
+    of_p, of_q = (x[:, :count].gather(-1, drafts[..., None])[..., 0] for x in (p, q))
+    accepted = (u * of_q < of_p).long().cumprod(-1).sum(-1)  # (B)
+    rest = torch.cat(((p[:, :count] - q).clamp(min=0), p[:, count:]), 1)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    noise = gumbel(
+        torch.tensor(keys.seeds, device=logits.device)[:, None],
+        first + torch.arange(count + 1, device=logits.device),
+        logits.size(-1),
+    )
+    fresh = (rest.log() + noise.to(rest.dtype)).argmax(-1)  # (B, K + 1)
+    index = torch.arange(count + 1, device=logits.device)
+    drawn = torch.where(index < accepted[:, None], F.pad(drafts, (0, 1)), fresh) * (index <= accepted[:, None])
+    return drawn.tolist(), accepted.tolist()
+
+
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise (..., V) in float64, a pure function of (seed, position, token id).
 
@@ -116,9 +172,12 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """
     tokens = torch.arange(vocab_size, device=positions.device)
     keys = _mix(_mix(_mix(seeds) ^ positions)[..., None] ^ tokens)
-    uniform = ((keys >> 12) & ((1 << 52) - 1)).double()
-    uniform = (uniform + 0.5) / (1 << 52)  # never 0 and never 1
-    return -torch.log(-torch.log(uniform))
+    return -torch.log(-torch.log(uniform(keys)))
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Numbers between 0 and 1, neither of them included, in float64 from int64's upper 52 bits."""
+    return (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)
 
 
 def _mix(x: Tensor) -> Tensor:

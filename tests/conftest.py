@@ -13,7 +13,8 @@ from small_runs import write_corpus
 from foretoken import decode as decoding
 from foretoken.config import ModelConfig
 from foretoken.decode import decode
-from foretoken.model import Model
+from foretoken.draft import Drafter, Proposal
+from foretoken.model import Model, Stepper
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 
@@ -89,25 +90,22 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """Makes drafts right up to the j-th and wrong behind: call it with {prompt: plain ids}, j and the vocabulary."""
 
     def install(plain: dict[tuple[int, ...], list[int]], right: int, vocab: int) -> None:
-        class OracleDrafter:
-            heads = 1
+        class OracleDrafter(Drafter):
+            compiled = False
 
-            def __init__(self, stepper: object, drafts: int, rows: int, capacity: int) -> None:
-                self.drafts = drafts
+            def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
+                super().__init__(stepper, drafts)
 
             def join(self, request: Request, *rest: object) -> list[int]:
-                return self.propose([request])[0]
+                return self.propose([request], [[]])[0][0]
 
-            def propose(self, requests: Sequence[Request], *rest: object) -> list[list[int]]:
+            def propose(self, requests: Sequence[Request], new: list[list[int]], *rest: object) -> Proposal:
                 rows = []
-                for request in requests:
-                    at = len(request.ids)
+                for request, tokens in zip(requests, new, strict=True):
+                    at = len(request.ids) + len(tokens)
                     coming = [*plain[tuple(request.prompt)][at : at + self.drafts], *[0] * self.drafts][: self.drafts]
                     rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
-                return rows
-
-            def select(self, rows: Sequence[int]) -> None:
-                pass
+                return rows, None
 
         monkeypatch.setattr(decoding, "make_drafter", OracleDrafter)
 

@@ -26,7 +26,6 @@ from invariants import (
 from test_decode import CONFIDENT, LAW, PROMPTS, VAGUE
 from torch import Tensor
 
-from foretoken import decode as decoding
 from foretoken import draft as drafting
 from foretoken import loss, sampling
 from foretoken import model as stepping
@@ -220,11 +219,10 @@ def drafts_logprob_returned(patch: Patch) -> None:
     real_drafts, real_targets = Stepper.pick_drafts, stepping.pick_targets
     drafted: list[Tensor] = []
 
-    def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys) -> Any:
-        drafts = real_drafts(stepper, states, keys)
-        own = stepper.logits(states).log_softmax(-1)
-        drafted[:] = [own.gather(-1, torch.tensor(drafts)[..., None])[..., 0]]
-        return drafts
+    def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        drafts, logits = real_drafts(stepper, states, keys)
+        drafted[:] = [logits.log_softmax(-1).gather(-1, drafts[..., None])[..., 0]]
+        return drafts, logits
 
     def pick_targets(logits: Tensor, keys: Keys) -> Any:
         tokens, logprobs = real_targets(logits, keys)
@@ -259,12 +257,12 @@ def accepts_everything(patch: Patch) -> None:
         picked[: len(drafts)] = drafts
         return len(drafts)
 
-    patch.setattr(decoding, "accepted", accepted)
+    patch.setattr(drafting, "accepted", accepted)
 
 
 def accepts_then_redraws(patch: Patch) -> None:
     """A draft is accepted when it equals the target's draw; if not, another draw is emitted."""
-    real_targets, real_accepted = stepping.pick_targets, decoding.accepted
+    real_targets, real_accepted = stepping.pick_targets, drafting.accepted
     redraws: dict[int, list[int]] = {}
 
     def pick_targets(logits: Tensor, keys: Keys) -> Any:
@@ -281,12 +279,12 @@ def accepts_then_redraws(patch: Patch) -> None:
         return count
 
     patch.setattr(stepping, "pick_targets", pick_targets)
-    patch.setattr(decoding, "accepted", accepted)
+    patch.setattr(drafting, "accepted", accepted)
 
 
 def accepts_any_likely_draft(patch: Patch) -> None:
     """A draft is accepted where the target gives it a twentieth: "typical" acceptance, which changes the law."""
-    real_targets, real_accepted = stepping.pick_targets, decoding.accepted
+    real_targets, real_accepted = stepping.pick_targets, drafting.accepted
     likely: dict[int, list[list[bool]]] = {}
 
     def pick_targets(logits: Tensor, keys: Keys) -> Any:
@@ -302,14 +300,14 @@ def accepts_any_likely_draft(patch: Patch) -> None:
         return real_accepted(drafts, picked)
 
     patch.setattr(stepping, "pick_targets", pick_targets)
-    patch.setattr(decoding, "accepted", accepted)
+    patch.setattr(drafting, "accepted", accepted)
 
 
 def drafts_of_another_row(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Any:
-        return real(drafter, requests, at, hidden.roll(1, 1), *rest)
+    def propose(drafter: Any, requests: Any, new: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Any:
+        return real(drafter, requests, new, at, hidden.roll(1, 1), *rest)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)
 
@@ -317,8 +315,8 @@ def drafts_of_another_row(patch: Patch) -> None:
 def drafts_from_the_first_position(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, at: Sequence[int], *rest: Any) -> Any:
-        return real(drafter, requests, [0] * len(at), *rest)
+    def propose(drafter: Any, requests: Any, new: Any, at: Sequence[int], *rest: Any) -> Any:
+        return real(drafter, requests, new, [0] * len(at), *rest)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)
 

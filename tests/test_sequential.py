@@ -205,7 +205,7 @@ def test_keys_of_drafts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_drafter_of_one_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K drafts take K passes of the block and no more; the prompt before its last token takes one."""
+    """K drafts take K passes of the block and no more."""
     passes = []
     real = Stepper.draft
 
@@ -217,8 +217,8 @@ def test_a_drafter_of_one_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     for drafts in (1, 3):
         passes.clear()
         (request,) = run(VAGUE, [PROMPTS[0]], drafts, max_tokens=6)
-        assert passes[0] == len(PROMPTS[0]) - 1
-        assert len(passes) == 1 + drafts * len(request.steps)
+        assert len(passes) == drafts * (1 + len(request.steps))
+        assert passes[0] == len(PROMPTS[0])  # the whole prompt once
 
 
 # Loss
