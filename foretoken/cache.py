@@ -1,8 +1,8 @@
 """The key/value cache of decoding: write at positions, roll back. Nothing else rolls back.
 
 Slot s of a row holds the key and value of that row's position s. `lengths` says how many positions a row holds; a write
-goes behind them, a roll-back forgets the newest. Rows may have different lengths, so a batch needs no left padding. Rows
-come and go: those in use are the first ones, the memory stays.
+goes behind them, a roll-back forgets the newest. Rows may have different lengths, so a batch needs no left padding.
+Rows come and go: those in use are the first ones, the memory stays.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from foretoken.decode import check_requests, decode
 from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.request import Request, Step
-from foretoken.sampling import Sampling
+from foretoken.sampling import Accept, Sampling
 from foretoken.tokenizer import TextStream, Tokenizer
 
 
@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     top_k: int  # 0: off
     top_p: float  # 1.0: off
     min_p: float  # 0.0: off
+    accept: Accept  # "keyed": drafts change no output; "rejection": more of them accepted, the same law
     seed: int  # 0; prompt i of a list uses seed + i
     stop: str | Sequence[str]  # (): strings that end the text and are cut off
     drafts: int | None  # None: n_future - 1, what the heads were trained for; 0: plain decoding
@@ -31,28 +32,42 @@ class Options(TypedDict, total=False):
 
 @dataclass
 class TextRequest(Request):
-    """A request that follows its own text, so that a stop string ends it wherever it falls in a block."""
+    """A request that can follow its own text, so that a stop string ends it wherever it falls in a block.
+
+    Without stop strings the text is only read when it is asked for: a token costs a tokenizer more than a small model.
+    """
 
     decoder: TextStream | None = None
     stop: tuple[str, ...] = ()
     text: str = ""
     released: int = 0
+    read: int = 0
 
     def commit(self, token: int, logprob: float) -> None:
         """As `Request.commit`; a stop string that appears is cut off with what follows it."""
         super().commit(token, logprob)
-        assert self.decoder is not None
+        if not self.stop:
+            return
         searched = len(self.text)
-        if token not in self.end_ids:
-            self.text += self.decoder.push(token)
-        if self.finish_reason is not None:
-            self.text += self.decoder.finish()
+        self.read_on()
         found = [at for s in self.stop if (at := self.text.find(s, max(0, searched - len(s) + 1))) >= 0]
         if found:
             self.text, self.finish_reason = self.text[: min(found)], "stop"
 
+    def read_on(self) -> None:
+        """Make `text` that of all ids so far."""
+        assert self.decoder is not None
+        for token in self.ids[self.read :]:
+            if token not in self.end_ids:
+                self.text += self.decoder.push(token)
+        self.read = len(self.ids)
+        if self.finish_reason is not None:
+            self.text += self.decoder.finish()
+
     def release(self) -> str:
         """Text that can be shown: all that is new, less a tail that may yet become a stop string."""
+        if not self.stop:
+            self.read_on()
         end = len(self.text)
         if self.finish_reason is None:
             end -= max((_overlap(self.text, s) for s in self.stop), default=0)
@@ -155,7 +170,11 @@ def _requests(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
 ) -> tuple[list[TextRequest], Sampling, int]:
     sampling = Sampling(
-        options.get("temperature", 0.0), options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0)
+        options.get("temperature", 0.0),
+        options.get("top_k", 0),
+        options.get("top_p", 1.0),
+        options.get("min_p", 0.0),
+        options.get("accept", "keyed"),
     )
     max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -185,6 +204,8 @@ def _requests(
 
 def _generation(prompt: str, request: TextRequest) -> Generation:
     assert request.finish_reason is not None
+    if request.read < len(request.ids):
+        request.read_on()
     return Generation(
         prompt, request.text, request.ids, request.logprobs, request.finish_reason, request.steps, request.seed
     )

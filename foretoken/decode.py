@@ -70,20 +70,20 @@ def decode(
             continue
         tokens = [[request.ids[-1], *draft] for request, draft in zip(batch, drafted, strict=True)]
         turn = drafter.turn(batch, tokens, cache, ahead or keys(batch, drafts + 1))
-        for row, request in enumerate(batch):
+        for index, request in enumerate(batch):
             if request.finish_reason is None:
-                count = turn.accepted[row]
-                new = _commit(request, turn.picked[row][: count + 1], turn.logprobs[row])
-                request.steps.append(Step(tuple(drafted[row]), min(count, len(new)), len(new)))
+                count = turn.accepted[index]
+                new = _commit(request, turn.picked[index][: count + 1], turn.logprobs[index])
+                request.steps.append(Step(tuple(drafted[index]), min(count, len(new)), len(new)))
                 yield request, new
         # Everything committed stays but the newest token, which has not been through the model yet.
         cache.roll_back([min(n, r.length - 1) for n, r in zip(cache.lengths, batch, strict=True)])
         drafted, ahead = turn.drafts, turn.ahead
-        alive = [row for row, request in enumerate(batch) if request.finish_reason is None]
+        alive = [index for index, request in enumerate(batch) if request.finish_reason is None]
         if len(alive) < len(batch):
             cache.select(alive)
             drafter.select(alive)
-            batch, drafted, ahead = [batch[row] for row in alive], [drafted[row] for row in alive], None
+            batch, drafted, ahead = [batch[index] for index in alive], [drafted[index] for index in alive], None
 
 
 def check_requests(model: Model, requests: Sequence[Request], drafts: int) -> None:

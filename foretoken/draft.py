@@ -14,7 +14,6 @@ from foretoken.native import MOST_TOKENS
 from foretoken.request import Request
 from foretoken.sampling import DRAFT, Keys, accepted
 
-
 # Drafts (B, K), and the logits (B, K, V) they were picked from.
 Proposal = tuple[list[list[int]], Tensor | None]
 

@@ -31,11 +31,11 @@ using std::uint64_t;
 
 // A tile of a product keeps OUTS x ROWS vectors of sums in registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, OUTS = 4, ROWS = 6;
+constexpr int LANES = 16, OUTS = 4, ROWS = 4;
 #elif defined(__AVX__)
 constexpr int LANES = 8, OUTS = 4, ROWS = 2;
 #else
-constexpr int LANES = 4, OUTS = 4, ROWS = 5;
+constexpr int LANES = 4, OUTS = 4, ROWS = 4;
 #endif
 
 #define UNROLL _Pragma("GCC unroll 8")  // so that arrays of vectors stay in registers
@@ -98,18 +98,29 @@ inline float maximum(const float* x, int64_t count) {
     return *std::max_element(a, a + LANES);
 }
 
-// Sums of four vectors at once: two transposing additions in every 128-bit lane, then the lanes.
-inline void sums(const vec& a, const vec& b, const vec& c, const vec& d, float* out) {
+// Sums of the vectors of each column: acc (OUTS, R) -> out (R, OUTS).
+template <int R>
+inline void sums(const vec (&acc)[OUTS][R], float (*out)[OUTS]) {
 #if defined(__AVX512F__)
-    const __m512 A = (__m512)a, B = (__m512)b, C = (__m512)c, D = (__m512)d;
-    const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(A, B), _mm512_unpackhi_ps(A, B));
-    const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(C, D), _mm512_unpackhi_ps(C, D));
-    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
-                                      _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)all, 1)));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    __m512 rows[R];  // two transposing additions in every 128-bit lane, then the lanes
+    UNROLL for (int r = 0; r < R; ++r) {
+        const __m512 a = (__m512)acc[0][r], b = (__m512)acc[1][r], c = (__m512)acc[2][r], d = (__m512)acc[3][r];
+        const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        rows[r] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    }
+    UNROLL for (int r = 0; r < R; r += 4) {
+        const __m512 a = rows[r], b = rows[r + 1 < R ? r + 1 : r];
+        const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+        const __m512 c = rows[r + 2 < R ? r + 2 : r], d = rows[r + 3 < R ? r + 3 : r];
+        const __m512 cd = r + 2 < R ? _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE)) : ab;
+        const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+        const int count = R - r < 4 ? R - r : 4;
+        _mm512_mask_storeu_ps(out[r], __mmask16((1u << (4 * count)) - 1), all);
+    }
 #else
-    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+    for (int r = 0; r < R; ++r)
+        for (int o = 0; o < OUTS; ++o) out[r][o] = sum(acc[o][r]);
 #endif
 }
 
@@ -150,7 +161,7 @@ inline void multiply(const float* const* w, int64_t n, const float* x, int64_t l
         UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
         UNROLL for (int o = 0; o < OUTS; ++o) {
             const vec weight = load(w[o] + i);
-            __builtin_prefetch(w[o] + OUTS * n + i);
+            __builtin_prefetch(w[o] + 2 * OUTS * n + i);
             UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
         }
     }
@@ -162,7 +173,7 @@ inline void multiply(const bf16* const* w, int64_t n, const float* x, int64_t ld
         UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
         UNROLL for (int o = 0; o < OUTS; ++o) {
             const vec weight = load(w[o] + i);
-            __builtin_prefetch(w[o] + OUTS * n + i);
+            __builtin_prefetch(w[o] + 2 * OUTS * n + i);
             UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
         }
     }
@@ -175,7 +186,7 @@ inline void multiply(const bf16* const* w, int64_t n, const bf16* x, int64_t ldx
         UNROLL for (int r = 0; r < R; ++r) v[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + i);
         UNROLL for (int o = 0; o < OUTS; ++o) {
             const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[o] + i);
-            __builtin_prefetch(w[o] + OUTS * n + i);
+            __builtin_prefetch(w[o] + 2 * OUTS * n + i);
             UNROLL for (int r = 0; r < R; ++r) acc[o][r] = (vec)_mm512_dpbf16_ps((__m512)acc[o][r], weight, v[r]);
         }
     }
@@ -188,11 +199,10 @@ inline void tile(const W* const* w, int64_t n, const A* x, int64_t ldx, float (*
     vec acc[OUTS][R] = {};
     int64_t i = 0;
     multiply<R>(w, n, x, ldx, i, acc);
-    UNROLL for (int r = 0; r < R; ++r) {
-        sums(acc[0][r], acc[1][r], acc[2][r], acc[3][r], out[r]);
-        for (int64_t j = i; j < n; ++j)
+    sums<R>(acc, out);
+    for (int64_t j = i; j < n; ++j)
+        for (int r = 0; r < R; ++r)
             for (int o = 0; o < OUTS; ++o) out[r][o] += widen(w[o][j]) * widen(x[r * ldx + j]);
-    }
 }
 
 template <class W, class A>
@@ -203,10 +213,6 @@ inline void tiles(const W* const* w, int64_t n, const A* x, int64_t ldx, int row
 #if !defined(__AVX__) || defined(__AVX512F__)
         case 3: return tile<3>(w, n, x, ldx, out);
         case 4: return tile<4>(w, n, x, ldx, out);
-        case 5: return tile<5>(w, n, x, ldx, out);
-#endif
-#if defined(__AVX512F__)
-        case 6: return tile<6>(w, n, x, ldx, out);
 #endif
     }
 }
@@ -216,11 +222,12 @@ template <class W, class A, class Emit>
 void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) {
     float out[ROWS][OUTS];
     const W* weights[OUTS];
+    const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;  // 5 rows are 3 and 2, not 4 and 1
     for (int64_t o = begin; o < end; o += OUTS) {
         const int outs = int(std::min<int64_t>(OUTS, end - o));
         for (int a = 0; a < OUTS; ++a) weights[a] = w + std::min(o + a, end - 1) * n;  // beyond the end: not emitted
-        for (int64_t r = 0; r < rows; r += ROWS) {
-            const int count = int(std::min<int64_t>(ROWS, rows - r));
+        for (int64_t r = 0; r < rows; r += each) {
+            const int count = int(std::min(each, rows - r));
             tiles(weights, n, x + r * ldx, ldx, count, out);
             for (int b = 0; b < count; ++b)
                 if (outs == OUTS)
@@ -320,6 +327,7 @@ void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
 template <class W>
 class Runner {
     typedef typename Beside<W>::type A;
+    static constexpr int64_t FEW = 8;
     const Model& m;
     const int64_t D, N, G, H, F, Q;  // G: key/value heads; Q: width of queries, keys and values together
     Buffer<A> input, mixed, hidden;
@@ -328,42 +336,45 @@ class Runner {
   public:
     Runner(const Model& model, int64_t rows)
         : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H),
-          input(rows * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
+          input(std::max(rows, FEW * model.threads) * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
 
     // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x.
     void block(const Layer& l, const Items& items, float* x, bool embedded) {
-        const int64_t R = items.count, in = embedded ? 2 * D : D;
-        for (Part p(R); p.begin < p.end; ++p.begin) {
-            A* row = input.data() + p.begin * in;
-            if (embedded) {
-                float token[D];
-                embed(items.token[p.begin], token);
-                normalise(token, (const W*)l.norm_1, D, m.eps, row);
-                normalise(x + p.begin * D, (const W*)l.hidden_norm, D, m.eps, row + D);
-            } else {
-                normalise(x + p.begin * D, (const W*)l.norm_1, D, m.eps, row);
-            }
-        }
-        barrier();
+        const int64_t R = items.count, in = embedded ? 2 * D : D, threads = omp_get_num_threads();
+        A* read = prepare(R, in, [&](int64_t r, A* row) {
+            if (!embedded) return normalise(x + r * D, (const W*)l.norm_1, D, m.eps, row);
+            float token[D];
+            embed(items.token[r], token);
+            normalise(token, (const W*)l.norm_1, D, m.eps, row);
+            normalise(x + r * D, (const W*)l.hidden_norm, D, m.eps, row + D);
+        });
         const W* bias = (const W*)l.qkv_bias;
-        float* const projected = qkv.data();
-        const Part q(Q, OUTS);
-        product((const W*)l.qkv, in, q.begin, q.end, input.data(), in, R,
-                [=, width = Q](int64_t o, int64_t r, float y) { projected[r * width + o] = bias ? y + widen(bias[o]) : y; });
-        barrier();
+        auto project = [&, out = qkv.data(), width = Q](int64_t begin, int64_t end) {
+            product((const W*)l.qkv, in, begin, end, read, in, R, [=](int64_t o, int64_t r, float y) {
+                out[r * width + o] = bias ? y + widen(bias[o]) : y;
+            });
+        };
+        if (G % threads == 0) {  // a thread projects what its own heads attend with
+            const int64_t each = G / threads, first = each * omp_get_thread_num(), end = first + each, group = N / G;
+            project(first * group * H, end * group * H);
+            project((N + first) * H, (N + end) * H);
+            project((N + G + first) * H, (N + G + end) * H);
+        } else {
+            const Part q(Q, OUTS);
+            project(q.begin, q.end);
+            barrier();
+        }
         attention(l, items);
         barrier();
         const Part d(D, OUTS);
         product((const W*)l.o, N * H, d.begin, d.end, mixed.data(), N * H, R,
                 [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
         barrier();
-        for (Part p(R); p.begin < p.end; ++p.begin)
-            normalise(x + p.begin * D, (const W*)l.norm_2, D, m.eps, input.data() + p.begin * D);
-        barrier();
+        read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
         const Part f(F, OUTS);
         auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
-        product((const W*)l.gate_up, D, f.begin, f.end, input.data(), D, R, keep);
-        product((const W*)l.gate_up, D, F + f.begin, F + f.end, input.data(), D, R, keep);
+        product((const W*)l.gate_up, D, f.begin, f.end, read, D, R, keep);
+        product((const W*)l.gate_up, D, F + f.begin, F + f.end, read, D, R, keep);
         for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
         barrier();
         product((const W*)l.down, F, d.begin, d.end, hidden.data(), F, R,
@@ -378,16 +389,27 @@ class Runner {
 
     // States (rows, D) -> logits (rows, V), normalised first.
     void logits(const float* states, int64_t rows, float* out) {
-        for (Part p(rows); p.begin < p.end; ++p.begin)
-            normalise(states + p.begin * D, (const W*)m.norm, D, m.eps, input.data() + p.begin * D);
-        barrier();
+        A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
         const Part v(m.vocabulary, OUTS);
-        product((const W*)m.unembedding, D, v.begin, v.end, input.data(), D, rows,
+        product((const W*)m.unembedding, D, v.begin, v.end, read, D, rows,
                 [out, width = m.vocabulary](int64_t o, int64_t r, float y) { out[r * width + o] = y; });
         barrier();
     }
 
   private:
+    // Rows (R, width) that fill(r, row) makes, for all threads. Of few rows each thread makes its own: no waiting.
+    template <class Fill>
+    A* prepare(int64_t R, int64_t width, Fill fill) {
+        if (R <= FEW) {
+            A* mine = input.data() + omp_get_thread_num() * FEW * 2 * D;
+            for (int64_t r = 0; r < R; ++r) fill(r, mine + r * width);
+            return mine;
+        }
+        for (Part p(R); p.begin < p.end; ++p.begin) fill(p.begin, input.data() + p.begin * width);
+        barrier();
+        return input.data();
+    }
+
     // silu(gate) * up for the outputs of one part.
     void gate(const float* row, Part f, A* y) const {
         for (int64_t i = f.begin; i < f.end; i += LANES) {
@@ -414,10 +436,11 @@ class Runner {
     void attention(const Layer& l, const Items& items) {
         int64_t unit = 0;
         const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        const bool own = G % threads == 0;
         for (int64_t first = 0, end; first < items.count; first = end) {
             for (end = first + 1; end < items.count && items.row[end] == items.row[first];) ++end;
             for (int64_t g = 0; g < G; ++g, ++unit)
-                if (unit % threads == me) attend(l, items, first, end, g);
+                if ((own ? g / (G / threads) : unit % threads) == me) attend(l, items, first, end, g);
         }
     }
 

@@ -266,7 +266,7 @@ def pick_targets(logits: Tensor, keys: Keys) -> tuple[list[list[int]], list[list
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
     """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()  # type: ignore[no-any-return]
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
 
 
 def _detached(tensor: Tensor, yes: bool) -> Tensor:

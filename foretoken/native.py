@@ -68,7 +68,7 @@ def _array(kind: Any, count: int) -> Any:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, from the cache or made now (some seconds); None where that is not possible or not wanted."""
+    """The compiled kernels, from the cache or made now (some seconds); None where that cannot be or is not wanted."""
     if os.environ.get("FORETOKEN_NATIVE") == "0":
         return None
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -197,8 +197,8 @@ class Native:
         drafts: int,
         proposed: Tensor | None,
     ) -> tuple[list[list[int]], list[list[float]], list[int], list[list[int]], Tensor | None]:
-        """A whole step without filters: the target's tokens (B, T) behind `tokens` and their log-probabilities, how many
-        drafts of each row they accept, and the next K drafts (B, K).
+        """A whole step without filters: the target's tokens (B, T) behind `tokens` and their log-probabilities, how
+        many drafts of each row they accept, and the next K drafts (B, K).
 
         drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted. For
         acceptance by rejection, proposed (B, T - 1, V) are the logits that the drafts in `tokens` come from; the last

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from foretoken.errors import ConfigError
 
-
 Accept = Literal["keyed", "rejection"]
 
 # Streams of noise beside the target's own, for the seeds of drafts and of acceptance under rejection.
@@ -140,7 +139,7 @@ def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
 
 
 def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[list[list[int]], list[int]]:
-    """Tokens (B, K + 1) and how many of them are accepted drafts, by the rule of `Sampling`; what follows the next is 0.
+    """Tokens (B, K + 1) and how many of them are accepted drafts, by the rule of `Sampling`; behind the next stand zeros.
 
     logits (B, K + 1, V) are the target's, drafts (B, K) were drawn from softmax(proposed (B, K, V) / temperature).
     """
