@@ -10,9 +10,11 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+
+from foretoken.cli_bench import bench
 
 app = typer.Typer(
     name="foretoken",
@@ -101,6 +103,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
+    accept: Annotated[
+        str, typer.Option(help="keyed: drafts change no text; rejection: more drafts accepted, text of the same law.")
+    ] = "keyed",
     seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
     drafts: Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: all.")] = None,
@@ -119,7 +124,7 @@ def generate(
     final = None
     pieces = stream(
         model, tokenizer, text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seed, stop=stop or (), drafts=drafts, ignore_eos=ignore_eos,
+        accept=cast(Any, accept), seed=seed, stop=stop or (), drafts=drafts, ignore_eos=ignore_eos,
     )  # fmt: skip
     for piece, final in pieces:  # noqa: B007 - the last one is used below
         if not as_json:
@@ -181,6 +186,7 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
 
 export = typer.Typer(help="Write a checkpoint for other engines.", rich_markup_mode=None)
 app.add_typer(export, name="export")
+app.add_typer(bench, name="bench")
 
 
 @export.command("eagle3", epilog="Example: foretoken export eagle3 runs/demo runs/demo-eagle3")

@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
     accept: Accept  # "keyed": drafts change no output; "rejection": more of them accepted, the same law
     seed: int  # 0; prompt i of a list uses seed + i
     stop: str | Sequence[str]  # (): strings that end the text and are cut off
-    drafts: int | None  # None: n_future - 1, what the heads were trained for; 0: plain decoding
+    drafts: int | None  # None: as many as pay; 0: plain decoding
     ignore_eos: bool  # False
     batch_size: int  # 16 prompts at a time
 
@@ -168,7 +168,7 @@ def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
 
 def _requests(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
-) -> tuple[list[TextRequest], Sampling, int]:
+) -> tuple[list[TextRequest], Sampling, int | None]:
     sampling = Sampling(
         options.get("temperature", 0.0),
         options.get("top_k", 0),
@@ -197,7 +197,6 @@ def _requests(
         for index, prompt in enumerate(prompts)
     ]
     drafts = options.get("drafts")
-    drafts = model.config.n_future - 1 if drafts is None else drafts
     check_requests(model, requests, drafts)
     return requests, sampling, drafts
 

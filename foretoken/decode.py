@@ -12,83 +12,128 @@ Rows advance by different numbers of tokens. A request that ends leaves its row 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from foretoken.draft import make_drafter
+from foretoken.cache import KVCache
+from foretoken.draft import Turn, make_drafter, step_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.pace import Pace
 from foretoken.request import Request, Step
 from foretoken.sampling import Keys, Sampling
 
 
 def decode(
-    model: Model, requests: Sequence[Request], sampling: Sampling, drafts: int, slots: int | None = None
+    model: Model, requests: Sequence[Request], sampling: Sampling, drafts: int | None, slots: int | None = None
 ) -> Iterator[tuple[Request, list[int]]]:
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
-    drafts as far as asked. slots: how many requests run at a time, by default all; the others wait, and take the rows
-    of those that end. A request ends when its `finish_reason` is set, by `commit` or by the caller between two yields.
-    Raises ConfigError for a K or a prompt that the model cannot run.
+    drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
+    (see `pace`), at most those the model was trained for and, of a sequential head, one more. slots: how many requests
+    run at a time, by default all; the others wait, and take the rows of those that end. A request ends when its
+    `finish_reason` is set, by `commit` or by the caller between two yields. Raises ConfigError for a K or a prompt that
+    the model cannot run.
     """
     check_requests(model, requests, drafts)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
-    stepper, rows = model.stepper(), min(len(waiting), slots or len(waiting))
-    # The last step may begin one token before the end, accept K drafts and draft K more.
-    capacity = max(len(r.prompt) + r.max_tokens for r in waiting) + 2 * drafts + 1
-    drafter = make_drafter(stepper, drafts, rows, capacity)
-    cache = stepper.new_cache(rows, capacity, drafter.heads)
-    cache.select([])
-
-    def keys(batch: Sequence[Request], count: int) -> Keys:
-        """The noise of the next `count` tokens of each request."""
-        positions = [request.length for request in batch]
-        return Keys(sampling, [r.seed for r in batch], positions, count, model.config.vocab_size, model.device)
-
-    batch: list[Request] = []
-    drafted: list[list[int]] = []
-    ahead: Keys | None = None  # of the tokens that are drafted, and then verified, with the same noise
-    while batch or waiting:
-        while waiting and len(batch) < rows:
+    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)))
+    while batch.requests or waiting:
+        while waiting and len(batch.requests) < batch.rows:
             request = waiting.popleft()
             if request.finish_reason is not None:
                 continue
-            row = cache.vacant()
-            hidden, z = stepper.forward(torch.tensor([request.prompt], device=model.device), row, drafter.heads)
-            (token,), (logprob,) = stepper.pick_targets(hidden[0, :, -1:], keys([request], 1))
+            row, hidden, z = batch.prefill(request)
+            (token,), (logprob,) = batch.stepper.pick_targets(hidden[0, :, -1:], batch.keys([request], 1))
             yield request, _commit(request, token, logprob)  # the prefill verifies nothing and is no step
             if request.finish_reason is None:
-                cache.join(row)
-                drafted.append(drafter.join(request, hidden, z, keys([request], drafts)))
-                batch.append(request)
-                ahead = None
-        if not batch:
+                batch.join(request, row, hidden, z)
+        if not batch.requests:
             continue
-        tokens = [[request.ids[-1], *draft] for request, draft in zip(batch, drafted, strict=True)]
-        turn = drafter.turn(batch, tokens, cache, ahead or keys(batch, drafts + 1))
-        for index, request in enumerate(batch):
+        drafted, turn = batch.drafted, batch.step()
+        for index, request in enumerate(batch.requests):
             if request.finish_reason is None:
                 count = turn.accepted[index]
                 new = _commit(request, turn.picked[index][: count + 1], turn.logprobs[index])
                 request.steps.append(Step(tuple(drafted[index]), min(count, len(new)), len(new)))
                 yield request, new
+        batch.settle(turn)
+
+
+class Batch:
+    """The requests that run, one a row, with the drafts on their way and the caches behind them."""
+
+    def __init__(
+        self, model: Model, requests: Iterable[Request], sampling: Sampling, drafts: int | None, rows: int
+    ) -> None:
+        self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
+        self.pace: Pace | None = None
+        if drafts is None:
+            self.pace = step_pace(self.stepper, rows)
+            drafts = len(self.pace.costs) - 1
+        # The last step may begin one token before the end, accept K drafts and draft K more.
+        capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1
+        self.drafter = make_drafter(self.stepper, drafts, rows, capacity)
+        if self.pace is not None:
+            self.drafter.drafts = self.pace.begin(drafts)
+        self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
+        self.cache.select([])
+        self.requests: list[Request] = []
+        self.drafted: list[list[int]] = []
+        self.ahead: Keys | None = None  # of the tokens that are drafted, and then verified, with the same noise
+
+    def keys(self, requests: Sequence[Request], count: int) -> Keys:
+        """The noise of the next `count` tokens of each request."""
+        seeds, positions = [r.seed for r in requests], [r.length for r in requests]
+        return Keys(self.sampling, seeds, positions, count, self.model.config.vocab_size, self.model.device)
+
+    def prefill(self, request: Request) -> tuple[KVCache, Tensor, Tensor]:
+        """Run the model on a request's prompt, alone: its row, and what `Stepper.forward` returns."""
+        row = self.cache.vacant()
+        prompt = torch.tensor([request.prompt], device=self.model.device)
+        return row, *self.stepper.forward(prompt, row, self.drafter.heads)
+
+    def join(self, request: Request, row: KVCache, hidden: Tensor, z: Tensor) -> None:
+        """Take in a request whose first token has come."""
+        self.cache.join(row)
+        self.drafted.append(self.drafter.join(request, hidden, z, self.keys([request], self.drafter.drafts + 1)))
+        self.requests.append(request)
+        self.ahead = None
+
+    def step(self) -> Turn:
+        """Verify the drafts, and draft on."""
+        tokens = [[request.ids[-1], *draft] for request, draft in zip(self.requests, self.drafted, strict=True)]
+        keys = self.ahead or self.keys(self.requests, len(tokens[0]))
+        if self.pace is not None and self.drafter.drafts:
+            # Chosen from the steps before this one: its own are not known until it has drafted on.
+            self.drafter.drafts = self.pace.choose(self.drafter.most())
+        turn = self.drafter.turn(self.requests, tokens, self.cache, keys)
+        if self.pace is not None:
+            self.pace.record(len(tokens[0]) - 1, turn.accepted)
+        return turn
+
+    def settle(self, turn: Turn) -> None:
+        """Forget what was not committed, and the rows of requests that have ended."""
         # Everything committed stays but the newest token, which has not been through the model yet.
-        cache.roll_back([min(n, r.length - 1) for n, r in zip(cache.lengths, batch, strict=True)])
-        drafted, ahead = turn.drafts, turn.ahead
-        alive = [index for index, request in enumerate(batch) if request.finish_reason is None]
-        if len(alive) < len(batch):
-            cache.select(alive)
-            drafter.select(alive)
-            batch, drafted, ahead = [batch[index] for index in alive], [drafted[index] for index in alive], None
+        self.cache.roll_back([min(n, r.length - 1) for n, r in zip(self.cache.lengths, self.requests, strict=True)])
+        self.drafted, self.ahead = turn.drafts, turn.ahead
+        alive = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
+        if len(alive) < len(self.requests):
+            self.cache.select(alive)
+            self.drafter.select(alive)
+            self.requests, self.drafted = [self.requests[i] for i in alive], [self.drafted[i] for i in alive]
+            self.ahead = None
 
 
-def check_requests(model: Model, requests: Sequence[Request], drafts: int) -> None:
+def check_requests(model: Model, requests: Sequence[Request], drafts: int | None) -> None:
     """Raises ConfigError for a K or a prompt that the model cannot run."""
     n, limit = model.config.n_future, model.config.max_position_embeddings
+    drafts = drafts or 0
     if model.config.sequential and not 0 <= drafts < limit:
         raise ConfigError(
             f"drafts = {drafts}, but a model of {limit} positions drafts 0 to {limit - 1} tokens per step"

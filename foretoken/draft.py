@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.model import Stepper
 from foretoken.native import MOST_TOKENS
+from foretoken.pace import Pace, measured_costs
 from foretoken.request import Request
-from foretoken.sampling import DRAFT, Keys, accepted
+from foretoken.sampling import DRAFT, Keys, Sampling, accepted
 
 # Drafts (B, K), and the logits (B, K, V) they were picked from.
 Proposal = tuple[list[list[int]], Tensor | None]
@@ -45,6 +46,10 @@ class Drafter:
 
     def __init__(self, stepper: Stepper, drafts: int) -> None:
         self.stepper, self.drafts = stepper, drafts
+
+    def most(self) -> int:
+        """How many drafts the next step can have: heads whose keys are missing cannot come back."""
+        return self.drafts
 
     def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """Take a request as the batch's last row: K drafts behind its first token.
@@ -89,7 +94,8 @@ class Drafter:
         short = len(tokens[0]) + self.drafts < MOST_TOKENS
         if native is not None and self.compiled and short and not keys.sampling.filters:
             self.stepper.grow_tables(cache)
-            found = native.turn(tokens, cache, self.cache, keys, self.drafts, self.proposed)
+            own = self.cache if self.drafts else None
+            found = native.turn(tokens, cache, own, keys, self.drafts, self.proposed)
             picked, logprobs, counts, drafts, self.proposed = found
             return Turn(picked, logprobs, counts, drafts, keys.behind([count + 1 for count in counts]))
         hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
@@ -108,9 +114,10 @@ class Drafter:
 class ParallelDrafter(Drafter):
     """Heads 2..K+1, which ran with head 1: drafts cost no pass of their own, and do not see each other."""
 
-    def __init__(self, stepper: Stepper, drafts: int) -> None:
-        super().__init__(stepper, drafts)
-        self.heads = drafts + 1
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        """Head 1 and those that draft."""
+        return self.drafts + 1
 
     def propose(
         self,
@@ -141,12 +148,20 @@ class SequentialDrafter(Drafter):
 
     def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
         super().__init__(stepper, drafts)
+        self.room = drafts
         self.cache = stepper.new_draft_cache(rows, capacity)
         self.cache.select([])
+
+    def most(self) -> int:
+        """See `Drafter`."""
+        return self.room if self.drafts else 0
 
     def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
         """See `Drafter`."""
         row = self.cache.vacant()
+        if not self.drafts:
+            self.cache.join(row)
+            return [[]], None
         following = [*request.prompt[1:], request.ids[-1]]
         proposal = self._chain(row, [following], [len(following) - 1], z, keys)
         self.cache.join(row)
@@ -162,6 +177,8 @@ class SequentialDrafter(Drafter):
         keys: Keys,
     ) -> Proposal:
         """See `Drafter`."""
+        if not self.drafts:
+            return [[] for _ in requests], None
         return self._chain(self.cache, new, at, z[:, : max(at) + 1], keys)
 
     def _chain(self, cache: KVCache, new: list[list[int]], at: Sequence[int], z: Tensor, keys: Keys) -> Proposal:
@@ -179,6 +196,33 @@ class SequentialDrafter(Drafter):
         cache.roll_back(kept)
         drafts, proposed = (torch.cat(parts, 1) for parts in zip(*picks, strict=True))
         return drafts.tolist(), proposed
+
+
+def step_pace(stepper: Stepper, rows: int) -> Pace:
+    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper."""
+    if rows not in stepper.paces:
+        most = stepper.config.n_future - (0 if stepper.config.sequential and stepper.config.n_future > 1 else 1)
+        length = min(128, stepper.config.max_position_embeddings)
+        requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
+        sampling = Sampling(1.0)
+
+        def step(drafts: int) -> Callable[[], object]:
+            drafter = make_drafter(stepper, drafts, rows, length + 3 * drafts + 2)
+            cache = stepper.new_cache(rows, length + 3 * drafts + 2, drafter.heads)
+            keys = Keys(
+                sampling, [0] * rows, [length] * rows, drafts + 1, stepper.config.vocab_size, stepper.model.device
+            )
+
+            def run() -> None:
+                cache.lengths = [length] * rows
+                if drafter.cache is not None:
+                    drafter.cache.lengths = [length] * rows
+                drafter.turn(requests, [[0] * (drafts + 1)] * rows, cache, keys)
+
+            return run
+
+        stepper.paces[rows] = Pace(measured_costs([step(drafts) for drafts in range(most + 1)]))
+    return stepper.paces[rows]
 
 
 def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int) -> Drafter:

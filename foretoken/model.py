@@ -17,6 +17,7 @@ from foretoken.config import ModelConfig, Shared
 from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
+from foretoken.pace import Pace
 from foretoken.sampling import Keys, filtered, rejection
 
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
@@ -150,6 +151,7 @@ class Stepper:
         self.heads = BlockStack(list(model.heads)[:1] if self.config.sequential else list(model.heads))
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
+        self.paces: dict[int, Pace] = {}  # by batch size
         self.native = self._native() if compiled else None
 
     def _native(self) -> Native | None:

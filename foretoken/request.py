@@ -43,8 +43,3 @@ class Request:
     def length(self) -> int:
         """Prompt and committed tokens."""
         return len(self.prompt) + len(self.ids)
-
-    def since(self, position: int) -> list[int]:
-        """The tokens, of the prompt and committed, from an absolute position on."""
-        inside = position - len(self.prompt)
-        return self.ids[inside:] if inside >= 0 else self.prompt[position:] + self.ids

@@ -139,7 +139,7 @@ def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
 
 
 def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[list[list[int]], list[int]]:
-    """Tokens (B, K + 1) and how many of them are accepted drafts, by the rule of `Sampling`; behind the next stand zeros.
+    """Tokens (B, K + 1) and how many of them are accepted drafts (see `Sampling`); the rest are zeros.
 
     logits (B, K + 1, V) are the target's, drafts (B, K) were drawn from softmax(proposed (B, K, V) / temperature).
     """

@@ -248,12 +248,12 @@ def test_generation_reports_what_its_steps_did(oracle_drafter: Oracle) -> None:
     assert (plain.tokens_per_step, plain.sources) == (1.0, [1] * 22)
     assert len(plain.steps) == 21
     oracle_drafter({tuple(BYTES.encode("def f(", True)): plain.ids}, 2, 260)
-    drafted = generate(TEXT, BYTES, "def f(", max_tokens=22)
+    drafted = generate(TEXT, BYTES, "def f(", max_tokens=22, drafts=3)
     assert (drafted.text, drafted.ids) == (plain.text, plain.ids)
     # One from the prefill, then three to a step: drafts of heads 2 and 3, and the target's own.
     assert drafted.sources == [1, *[2, 3, 1] * 7]
     assert drafted.tokens_per_step == 3.0
-    cut = generate(TEXT, BYTES, "def f(", max_tokens=21)
+    cut = generate(TEXT, BYTES, "def f(", max_tokens=21, drafts=3)
     assert cut.sources == [1, *[2, 3, 1] * 6, 2, 3]
     assert cut.tokens_per_step == 20 / 7
     assert [(s.accepted, s.committed) for s in cut.steps[-2:]] == [(2, 3), (2, 2)]
@@ -295,7 +295,7 @@ def test_stop_strings_cut_as_if_token_by_token(oracle_text: tuple[str, Generatio
     places = set()
     for start in range(28):
         for stop in (plain.text[start], plain.text[start : start + 3]):
-            found = generate(TEXT, BYTES, prompt, max_tokens=30, stop=stop)
+            found = generate(TEXT, BYTES, prompt, max_tokens=30, stop=stop, drafts=3)
             end = first_end(plain.text, [stop])
             assert (found.text, found.finish_reason) == (plain.text[: end - len(stop)], "stop")
             assert found.ids == plain.ids[:end]
@@ -307,12 +307,12 @@ def test_stop_strings_cut_as_if_token_by_token(oracle_text: tuple[str, Generatio
 def test_the_first_of_several_stops_ends(oracle_text: tuple[str, Generation]) -> None:
     prompt, plain = oracle_text
     stops = (plain.text[20:22], "never to be seen", plain.text[10:12], plain.text[9:12])  # two end together
-    found = generate(TEXT, BYTES, prompt, max_tokens=30, stop=stops)
+    found = generate(TEXT, BYTES, prompt, max_tokens=30, stop=stops, drafts=3)
     end = first_end(plain.text, stops)
     assert found.ids == plain.ids[:end]
     assert found.text == plain.text[: min(plain.text.find(s) for s in stops if s in plain.text[:end])]
     assert (found.ids, found.text) == (plain.ids[:12], plain.text[:9])
-    same = generate(TEXT, BYTES, prompt, max_tokens=30, stop="never to be seen")
+    same = generate(TEXT, BYTES, prompt, max_tokens=30, stop="never to be seen", drafts=3)
     assert (same.text, same.finish_reason) == (plain.text, "length")
 
 
@@ -387,7 +387,7 @@ def test_several_stops_never_take_text_back() -> None:
     for i in range(2, 26, 3):
         stops = (plain[i : i + 4], plain[i + 1 : i + 3] + absent(plain), plain[i - 2 : i + 1] + absent(plain))
         shown, final = "", plain[: plain.find(stops[0])]
-        for piece, _ in stream(TEXT, BYTES, "hello", max_tokens=30, stop=stops):
+        for piece, _ in stream(TEXT, BYTES, "hello", max_tokens=30, stop=stops, drafts=3):
             shown += piece
             assert final.startswith(shown)
         assert shown == final == generate(TEXT, BYTES, "hello", max_tokens=30, stop=stops, drafts=0).text

@@ -34,6 +34,8 @@ ORDER = [
     "sampling",
     "layers",
     "heads",
+    "native",
+    "pace",
     "model",
     "loss",
     "optim",
@@ -53,10 +55,13 @@ ORDER = [
     "train",
     "display",
     "bench",
+    "bench_peers",
+    "bench_decode",
     "lab.stored",
     "report",
     "demo",
     "lab.head_kinds",
+    "cli_bench",
     "cli",
 ]
 LINES, FUNCTION_LINES = 350, 60

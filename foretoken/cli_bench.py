@@ -1,0 +1,53 @@
+"""The command line's benchmarks, in the manner of `cli`: options read, the library called, results printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(help="Time decoding beside its peers, in one run.", rich_markup_mode=None)
+
+
+@bench.callback()
+def _group() -> None:
+    """Time decoding beside its peers, in one run."""
+
+
+@bench.command("decode", epilog="Example: foretoken bench decode runs/demo --size 110m --out decode.json")
+def decode(
+    checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint, decoded on held-out text.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text for its prompts, a domain each; any number.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Random weights: 30m, 110m, 350m, 1b; any number.")] = None,
+    head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel or sequential.")] = "parallel",
+    n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
+    batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; any number. Default: 1.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="For the checkpoint. Default: 0 and 0.8.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens before the timed ones, of the random weights.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
+    prompts: Annotated[int, typer.Option(help="Prompts of the checkpoint, per domain.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or float32.")] = "bfloat16",
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time transformers and llama.cpp too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+) -> None:
+    """Time decoding steps, plain and with drafts, beside transformers and llama.cpp on the same weights."""
+    from foretoken.bench_decode import bench_decode, table
+    from foretoken.display import Display
+    from foretoken.files import write_json
+
+    with Display() as display:
+        result = bench_decode(
+            display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
+            batches=batch or [1], temperatures=temperature or [0.0, 0.8], context=context, tokens=tokens,
+            prompts=prompts, rounds=rounds, dtype=dtype, peers=peers,
+        )  # fmt: skip
+        if out is not None:
+            write_json(out, result)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            display.result(table(result["rows"]))
