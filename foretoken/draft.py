@@ -97,7 +97,7 @@ class Drafter:
             own = self.cache if self.drafts else None
             found = native.turn(tokens, cache, own, keys, self.drafts, self.proposed)
             picked, logprobs, counts, drafts, self.proposed = found
-            return Turn(picked, logprobs, counts, drafts, keys.behind([count + 1 for count in counts]))
+            return Turn(picked, logprobs, counts, drafts, keys.behind([count + 1 for count in counts], self.drafts + 1))
         hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
         if keys.rejection and self.proposed is not None:
             drafted = torch.tensor([row[1:] for row in tokens], device=device)
@@ -106,7 +106,7 @@ class Drafter:
             picked, logprobs = self.stepper.pick_targets(hidden[0], keys)
             counts = [accepted(row[1:], own) for row, own in zip(tokens, picked, strict=True)]
         new = [own[: count + 1] for own, count in zip(picked, counts, strict=True)]
-        ahead = keys.behind([count + 1 for count in counts])
+        ahead = keys.behind([count + 1 for count in counts], self.drafts + 1)
         drafts, self.proposed = self.propose(requests, new, counts, hidden, z, ahead)
         return Turn(picked, logprobs, counts, drafts, ahead)
 

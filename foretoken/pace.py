@@ -11,7 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-START, MEMORY = 0.8, 24.0  # the acceptance that is assumed at first; steps that are remembered
+MEMORY = 24.0  # steps that are remembered
+HOPE = 3.0  # steps in which, it is assumed at first, the first draft was accepted
 PROBE_EVERY = 16  # requests, where drafts have not paid
 GAIN = 1.02  # another K must promise this much
 
@@ -22,8 +23,7 @@ class Pace:
     def __init__(self, costs: Sequence[float]) -> None:
         self.costs = list(costs)
         self.best = len(costs) - 1
-        self.accepted = [START * MEMORY / 4] * self.best
-        self.tried = [MEMORY / 4] * self.best
+        self.accepted, self.tried = [HOPE] + [0.0] * self.best, [HOPE] + [0.0] * self.best
         self.refused = 0  # requests that began without drafts
 
     def record(self, drafted: int, accepted: Sequence[int]) -> None:
@@ -37,9 +37,11 @@ class Pace:
 
     def tokens_per_step(self, drafts: int) -> float:
         """Expected with so many drafts."""
-        expected, still = 1.0, 1.0
-        for accepted, tried in zip(self.accepted[:drafts], self.tried[:drafts], strict=True):
-            still *= accepted / tried
+        expected, still, rate = 1.0, 1.0, 1.0
+        for depth in range(drafts):
+            of_before = rate if depth else 0.0  # one step's worth: accepted as often as the draft before it
+            rate = (self.accepted[depth] + of_before) / (self.tried[depth] + (1 if depth else 0))
+            still *= rate
             expected += still
         return expected
 

@@ -88,9 +88,10 @@ class Keys:
         """Those of another stream of noise, independent of this one."""
         return replace(self, seeds=[seed ^ _signed(salt) for seed in self.seeds])
 
-    def behind(self, counts: Sequence[int]) -> Keys:
-        """Those of as many tokens behind the next `counts` (B) ones."""
-        return replace(self, positions=[first + count for first, count in zip(self.positions, counts, strict=True)])
+    def behind(self, counts: Sequence[int], count: int) -> Keys:
+        """Those of `count` tokens behind the next `counts` (B) ones."""
+        positions = [first + passed for first, passed in zip(self.positions, counts, strict=True)]
+        return replace(self, positions=positions, count=count)
 
     def choose(self, logits: Tensor, first: int = 0) -> Tensor:
         """Tokens (B, k) from logits (B, k, V), the first of them number `first`."""

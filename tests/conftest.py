@@ -65,7 +65,7 @@ def tiny_model(
 def run(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    drafts: int,
+    drafts: int | None,
     sampling: Sampling | None = None,
     max_tokens: int | Sequence[int] = 24,
     seeds: Sequence[int] | None = None,

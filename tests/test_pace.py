@@ -1,0 +1,103 @@
+"""How many drafts a step has: what promises most, none where drafts do not pay, and never another output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from conftest import Oracle, run, tiny_model
+from invariants import same_output
+from test_decode import CONFIDENT, PROMPTS, VAGUE
+
+from foretoken import decode as decoding
+from foretoken.draft import step_pace
+from foretoken.pace import PROBE_EVERY, Pace, measured_costs
+from foretoken.sampling import Sampling
+
+CHEAP, DEAR = [1.0, 1.1, 1.2, 1.3], [1.0, 2.1, 3.1, 4.1]
+
+
+def after(costs: Sequence[float], accepted: int, steps: int = 60) -> Pace:
+    pace = Pace(costs)
+    for _ in range(steps):
+        pace.record(3, [accepted])
+    return pace
+
+
+def test_the_best_expected_speed_is_taken() -> None:
+    """Acceptances of 0.75, then 0.5, then 0: 1.75 tokens for 1.2, 2.125 for 1.5, 2.125 for 1.9."""
+    pace = Pace([1.0, 1.2, 1.5, 1.9])
+    for _ in range(100):
+        for accepted in (0, 1, 2, 2, 1, 2, 0, 1):
+            pace.record(3, [accepted])
+    assert pace.tokens_per_step(1) == pytest.approx(1.75, abs=0.08)
+    assert pace.tokens_per_step(2) == pytest.approx(2.125, abs=0.1)
+    assert pace.tokens_per_step(3) == pytest.approx(pace.tokens_per_step(2), abs=0.02)
+    assert pace.choose(3) in (1, 2)  # 1.46 and 1.42 tokens a second, 1.12 with three
+    assert pace.choose(1) == 1
+
+
+def test_drafts_that_are_refused_stop() -> None:
+    for steps in (20, 200):
+        assert after(CHEAP, 0, steps).choose(3) == 0
+        assert after(CHEAP, 3, steps).choose(3) == 3
+        assert after(DEAR, 3, steps).choose(3) == 0  # all are right, and still do not pay
+    few = next(steps for steps in range(60) if after([1.0, 1.5, 1.8, 2.1], 0, steps).choose(3) == 0)
+    assert few <= 12
+
+
+def test_what_has_not_paid_is_tried_again_now_and_then() -> None:
+    pace = after(CHEAP, 0)
+    begun = [pace.begin(3) for _ in range(3 * PROBE_EVERY)]
+    assert sum(begun) == 3
+    assert set(begun) == {0, 1}
+    for _ in range(60):
+        pace.record(1, [1])
+    assert pace.choose(3) > 0
+
+
+def test_small_promises_change_nothing() -> None:
+    pace = after([1.0, 1.0, 1.0, 1.0], 3)
+    assert pace.choose(3) == 3
+    pace.costs = [1.0, 1.0, 0.7499, 1.0]  # with two: 0.01 % more
+    assert pace.choose(3) == 3
+    pace.costs = [1.0, 1.0, 0.7, 1.0]
+    assert pace.choose(3) == 2
+
+
+def test_costs_never_fall() -> None:
+    seen = []
+    costs = measured_costs([lambda k=k: seen.append(k) for k in range(3)], rounds=2)
+    assert seen == [0, 1, 2] * 3
+    assert costs == sorted(costs)
+    assert all(cost > 0 for cost in costs)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+def test_output_does_not_depend_on_the_pace(kind: str, costs: list[float]) -> None:
+    model = tiny_model(head_kind=kind, peaked=False, seed=1)
+    for sampling in (Sampling(), Sampling(0.8, top_p=0.9)):
+        pace = step_pace(model.stepper(), len(PROMPTS))
+        pace.costs = costs + [1.4] * (len(pace.costs) - len(costs))
+        for _ in range(2):
+            plain, chosen = run(model, PROMPTS, 0, sampling), run(model, PROMPTS, None, sampling)
+            for a, b in zip(chosen, plain, strict=True):
+                same_output(a, b)
+
+
+def test_the_pace_follows_what_is_accepted(oracle_drafter: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {tuple(r.prompt): r.ids for r in run(CONFIDENT, [PROMPTS[0]], 0, max_tokens=60)}
+    for right, wanted in ((3, 3), (1, 1), (0, 0)):
+        pace = Pace([1.0, 1.2, 1.7, 2.2])
+        monkeypatch.setattr(decoding, "step_pace", lambda *_, pace=pace: pace)
+        oracle_drafter(plain, right, 17)
+        (request,) = run(CONFIDENT, [PROMPTS[0]], None, max_tokens=60)
+        assert request.ids == plain[tuple(PROMPTS[0])]
+        assert len(request.steps[-1].drafted) == wanted
+
+
+def test_a_sequential_head_may_draft_one_more_than_it_was_trained_for() -> None:
+    assert len(step_pace(tiny_model(head_kind="sequential").stepper(), 1).costs) == 5
+    assert len(step_pace(VAGUE.stepper(), 2).costs) == 4
+    assert len(step_pace(tiny_model(n_future=1).stepper(), 1).costs) == 1
