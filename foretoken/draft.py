@@ -13,7 +13,7 @@ from foretoken.model import Stepper
 from foretoken.native import MOST_TOKENS
 from foretoken.pace import Pace, measured_costs
 from foretoken.request import Request
-from foretoken.sampling import DRAFT, Keys, Sampling, accepted
+from foretoken.sampling import Keys, Sampling, accepted
 
 # Drafts (B, K), and the logits (B, K, V) they were picked from.
 Proposal = tuple[list[list[int]], Tensor | None]
@@ -133,7 +133,7 @@ class ParallelDrafter(Drafter):
             return [[] for _ in requests], None
         rows = torch.arange(len(at), device=hidden.device)
         states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
-        drafts, proposed = self.stepper.pick_drafts(states, keys.stream(DRAFT) if keys.rejection else keys)
+        drafts, proposed = self.stepper.pick_drafts(states, keys)
         return drafts.tolist(), proposed
 
 
@@ -183,7 +183,6 @@ class SequentialDrafter(Drafter):
 
     def _chain(self, cache: KVCache, new: list[list[int]], at: Sequence[int], z: Tensor, keys: Keys) -> Proposal:
         device, count = z.device, z.size(1)
-        keys = keys.stream(DRAFT) if keys.rejection else keys
         kept = [start + len(tokens) for start, tokens in zip(cache.lengths, new, strict=True)]
         padded = [tokens + [0] * (count - len(tokens)) for tokens in new]
         states = self.stepper.draft(torch.tensor(padded, device=device), z, cache)

@@ -553,8 +553,7 @@ int64_t pick(const float* logits, int64_t V, double temperature, uint64_t seed, 
     return winner;
 }
 
-// Streams of noise beside the target's own, as in sampling.py.
-constexpr uint64_t DRAFT = 0xD1B54A32D192ED03u, ACCEPT = 0xAEF17502108EF2D9u;
+constexpr uint64_t DRAFT = 0xD1B54A32D192ED03u;  // as in sampling.py
 
 // softmax(logits / temperature), token by token.
 struct Softmax {
@@ -574,7 +573,7 @@ int64_t reject(const float* logits, const float* proposed, const int64_t* drafts
                double temperature, uint64_t seed, uint64_t position, int64_t* picked) {
     for (int64_t k = 0; k < count; ++k) {
         const Softmax p(logits + k * V, V, temperature), q(proposed + k * V, V, temperature);
-        const double u = (double(mix64(mix64(mix64(seed ^ ACCEPT) ^ (position + k))) >> 12) + 0.5) / double(1ull << 52);
+        const double u = (double(mix64(mix64(mix64(seed) ^ (position + k)) ^ uint64_t(V)) >> 12) + 0.5) / double(1ull << 52);
         picked[k] = drafts[k];
         if (u * q(drafts[k]) < p(drafts[k])) continue;
         std::vector<float> rest(V);

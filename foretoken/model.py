@@ -214,7 +214,7 @@ class Stepper:
         Also the logits (B, k, V) of the law they are picked by, which acceptance by rejection needs.
         """
         logits = self.logits(states)
-        drafts = keys.choose(logits, first)
+        drafts = keys.choose_drafts(logits, first)
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
 
     @torch.inference_mode()

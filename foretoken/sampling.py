@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from foretoken.errors import ConfigError
 
 Accept = Literal["keyed", "rejection"]
 
-# Streams of noise beside the target's own, for the seeds of drafts and of acceptance under rejection.
-DRAFT, ACCEPT = 0xD1B54A32D192ED03, 0xAEF17502108EF2D9
+# Makes of a request's seed that of its drafts, where they need noise of their own.
+DRAFT = 0xD1B54A32D192ED03
 
 
 @dataclass(frozen=True)
@@ -73,29 +73,51 @@ class Keys:
     vocab_size: int
     device: torch.device
 
-    @cached_property
+    @property
     def noise(self) -> Tensor | None:
-        """(B, count, V), None at temperature 0."""
-        seeds, first = (torch.tensor(keys, device=self.device)[:, None] for keys in (self.seeds, self.positions))
-        return keyed_noise(seeds, first + torch.arange(self.count, device=self.device), self.vocab_size, self.sampling)
+        """Of the target's own tokens (B, count, V), None at temperature 0."""
+        return None if self._streams is None else self._streams[0]
+
+    @property
+    def draft_noise(self) -> Tensor | None:
+        """Of the drafts (B, count, V): the target's, which makes them agree, but under rejection one of their own."""
+        return None if self._streams is None else self._streams[-1]
+
+    @cached_property
+    def acceptance(self) -> Tensor:
+        """Uniform numbers (B, count) for acceptance by rejection: those of a token behind the vocabulary."""
+        seeds, positions = self._tensors(self.seeds)
+        return uniform(_mix(_mix(_mix(seeds) ^ positions) ^ self.vocab_size))
+
+    @cached_property
+    def _streams(self) -> Tensor | None:
+        """The noise of the target's tokens and, where it is another, of the drafts: (1 or 2, B, count, V)."""
+        streams = (self.seeds, [seed ^ _signed(DRAFT) for seed in self.seeds])[: 2 if self.rejection else 1]
+        seeds, positions = self._tensors(streams)
+        return keyed_noise(seeds, positions, self.vocab_size, self.sampling)
+
+    def _tensors(self, seeds: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        first = torch.tensor(self.positions, device=self.device)[:, None]
+        return torch.tensor(seeds, device=self.device)[..., None], first + torch.arange(self.count, device=self.device)
 
     @property
     def rejection(self) -> bool:
         """Whether drafts are drawn by themselves and accepted by rejection."""
         return self.sampling.accept == "rejection" and self.sampling.temperature > 0
 
-    def stream(self, salt: int) -> Keys:
-        """Those of another stream of noise, independent of this one."""
-        return replace(self, seeds=[seed ^ _signed(salt) for seed in self.seeds])
-
     def behind(self, counts: Sequence[int], count: int) -> Keys:
         """Those of `count` tokens behind the next `counts` (B) ones."""
         positions = [first + passed for first, passed in zip(self.positions, counts, strict=True)]
         return replace(self, positions=positions, count=count)
 
-    def choose(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Tokens (B, k) from logits (B, k, V), the first of them number `first`."""
-        noise = None if self.noise is None else self.noise[:, first : first + logits.size(1)]
+    def choose(self, logits: Tensor) -> Tensor:
+        """The target's tokens (B, k) from its logits (B, k, V)."""
+        noise = None if self.noise is None else self.noise[:, : logits.size(1)]
+        return choose(logits, noise, self.sampling)
+
+    def choose_drafts(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Drafts (B, k) from logits (B, k, V), the first of them number `first` of its step."""
+        noise = None if self.draft_noise is None else self.draft_noise[:, first : first + logits.size(1)]
         return choose(logits, noise, self.sampling)
 
 
@@ -147,18 +169,12 @@ def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> t
     temperature, count = keys.sampling.temperature, drafts.size(1)
     p = (filtered(logits, keys.sampling) / temperature).softmax(-1)
     q = (proposed.to(p.dtype) / temperature).softmax(-1)
-    seeds, first = (torch.tensor(k, device=logits.device)[:, None] for k in (keys.stream(ACCEPT).seeds, keys.positions))
-    u = uniform(_mix(_mix(_mix(seeds) ^ (first + torch.arange(count, device=logits.device)))))
     of_p, of_q = (x[:, :count].gather(-1, drafts[..., None])[..., 0] for x in (p, q))
-    accepted = (u * of_q < of_p).long().cumprod(-1).sum(-1)  # (B)
+    accepted = (keys.acceptance[:, :count] * of_q < of_p).long().cumprod(-1).sum(-1)  # (B)
     rest = torch.cat(((p[:, :count] - q).clamp(min=0), p[:, count:]), 1)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    noise = gumbel(
-        torch.tensor(keys.seeds, device=logits.device)[:, None],
-        first + torch.arange(count + 1, device=logits.device),
-        logits.size(-1),
-    )
-    fresh = (rest.log() + noise.to(rest.dtype)).argmax(-1)  # (B, K + 1)
+    assert keys.noise is not None
+    fresh = (temperature * rest.log() + keys.noise[:, : count + 1].to(rest.dtype)).argmax(-1)  # (B, K + 1)
     index = torch.arange(count + 1, device=logits.device)
     drawn = torch.where(index < accepted[:, None], F.pad(drafts, (0, 1)), fresh) * (index <= accepted[:, None])
     return drawn.tolist(), accepted.tolist()
