@@ -17,7 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -78,6 +78,20 @@ inline vec load(const bf16* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
+// a * b + c, rounded once where the machine can; written out, so that a sum is not rounded as its surroundings suggest.
+inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int j = 0; j < LANES; ++j) c[j] = __builtin_fmaf(a[j], b[j], c[j]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 inline float sum(vec v) {
     float a[LANES];
     store(a, v);
@@ -131,13 +145,8 @@ inline vec exp(vec x) {
     const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
     const vec n = shifted - 12582912.0f;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    vec p = vec{} + 1.0f / 5040;
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, vec{} + c);
     const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
     return small ? vec{} : y;
 }
@@ -162,7 +171,7 @@ inline void multiply(const float* const* w, int64_t n, const float* x, int64_t l
         UNROLL for (int o = 0; o < OUTS; ++o) {
             const vec weight = load(w[o] + i);
             __builtin_prefetch(w[o] + 2 * OUTS * n + i);
-            UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = fma(weight, v[r], acc[o][r]);
         }
     }
 }
@@ -174,7 +183,7 @@ inline void multiply(const bf16* const* w, int64_t n, const float* x, int64_t ld
         UNROLL for (int o = 0; o < OUTS; ++o) {
             const vec weight = load(w[o] + i);
             __builtin_prefetch(w[o] + 2 * OUTS * n + i);
-            UNROLL for (int r = 0; r < R; ++r) acc[o][r] += weight * v[r];
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = fma(weight, v[r], acc[o][r]);
         }
     }
 }
@@ -317,7 +326,7 @@ template <class W, class A>
 void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
     vec squares = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i + LANES <= n; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
     for (; i < n; ++i) total += x[i] * x[i];
     const float scale = 1.0f / std::sqrt(total / float(n) + float(eps));
@@ -502,16 +511,16 @@ class Runner {
     template <int C>
     void weigh(const float* shares, int64_t base, int64_t count, const int64_t* own, const W* values,
                float share, float* y) const {
-        constexpr int U = 8 / C;
+        constexpr int U = (LANES < 8 ? LANES : 8) / C;  // the zeros behind the shares reach as far
         vec acc[U][C] = {};
         int64_t j = 0;
         for (; j + U <= base; j += U)
             UNROLL for (int u = 0; u < U; ++u)
-                UNROLL for (int c = 0; c < C; ++c) acc[u][c] += shares[j + u] * load(values + (j + u) * H + c * LANES);
+                UNROLL for (int c = 0; c < C; ++c) acc[u][c] = fma(vec{} + shares[j + u], load(values + (j + u) * H + c * LANES), acc[u][c]);
         for (; j < count; j += U)
             UNROLL for (int u = 0; u < U; ++u) {
                 const int64_t slot = j + u < base ? j + u : j + u < count ? own[j + u - base] : 0;  // its share is 0
-                UNROLL for (int c = 0; c < C; ++c) acc[u][c] += shares[j + u] * load(values + slot * H + c * LANES);
+                UNROLL for (int c = 0; c < C; ++c) acc[u][c] = fma(vec{} + shares[j + u], load(values + slot * H + c * LANES), acc[u][c]);
             }
         UNROLL for (int u = 1; u < U; ++u)
             UNROLL for (int c = 0; c < C; ++c) acc[0][c] += acc[u][c];

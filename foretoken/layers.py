@@ -179,6 +179,9 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
+FEW_ROWS = 32  # as many as a step has
+
+
 class BlockStack:
     """m blocks that read the same input, run as one batched block with a cache: what decoding executes.
 
@@ -267,9 +270,11 @@ class SequentialStack(BlockStack):
 
 
 def _bmm(x: Tensor, weight: Tensor) -> Tensor:
-    """x (m, R, in) times weight (m, out, in), each of the m apart; one plain matrix product when m = 1."""
+    """x (m, R, in) times weight (m, out, in), each of the m apart."""
     if weight.size(0) == 1:
         return F.linear(x[0], weight[0])[None]
+    if x.size(1) > FEW_ROWS:  # one by one: nothing is gained by a batch, and head 1 rounds alike whatever m is
+        return torch.stack([F.linear(a, w) for a, w in zip(x, weight, strict=True)])
     return torch.bmm(x, weight.mT)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,10 @@ class Model(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.rotary = Rotary(config)
         self._stepper: Stepper | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not the decoding form, which holds addresses."""
+        return {**self.__dict__, "_stepper": None}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -28,7 +28,7 @@ from foretoken.layers import BlockStack, SequentialStack
 from foretoken.sampling import Keys
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
 DTYPES = (torch.float32, torch.bfloat16)
 

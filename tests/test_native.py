@@ -19,6 +19,7 @@ from invariants import (
     Violation,
     counts_add_up,
     drafts_are_the_heads,
+    follows,
     greedy_is_argmax,
     logprobs_are_targets,
     require,
@@ -35,7 +36,7 @@ from foretoken.draft import Drafter
 from foretoken.model import Model, Stepper
 from foretoken.native import MOST_TOKENS, Native, library
 from foretoken.request import Request
-from foretoken.sampling import ACCEPT, Keys, Sampling, filtered, rejection
+from foretoken.sampling import Keys, Sampling, filtered, rejection
 
 if library() is None:
     pytest.skip("no compiled decoding step here", allow_module_level=True)
@@ -225,7 +226,7 @@ def test_decoding_equals_pytorch(kind: str, sampling: Sampling) -> None:
 def test_one_call_is_its_parts(
     kind: str, dtype: torch.dtype, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A turn is the compiled forward, the picks in PyTorch and the compiled chain of drafts, to the picks' last bits."""
+    """A turn is the compiled forward, the picks in PyTorch and the compiled chain of drafts, to the last bits."""
     model = small(kind, dtype, width=64)
     found = {drafts: run(model, PROMPTS, drafts, sampling) for drafts in DRAFTS[kind]}
     monkeypatch.setattr(Drafter, "compiled", False)
@@ -400,7 +401,7 @@ def slow_rejection(
         return max(range(len(odds)), key=lambda token: scores[token])
 
     for k, draft in enumerate(drafts):
-        bits = slow_mix(slow_mix(slow_mix((seed ^ ACCEPT) % 2**64) ^ (position + k)))
+        bits = slow_mix(slow_mix(slow_mix(seed % 2**64) ^ (position + k)) ^ len(p[k]))
         u = ((bits >> 12) + 0.5) / 2**52
         if u * (1.0 if bug == "accepted_with_p" else q[k][draft]) < p[k][draft]:
             continue
@@ -435,7 +436,7 @@ def test_rejection_equals_slow_reference(sampling: Sampling) -> None:
     proposed = filtered(proposed + logits[:, :3], sampling)
     seeds = torch.randint(-(2**63), 2**63 - 1, (200,), generator=g).tolist()
     keys = Keys(sampling, seeds, list(range(200)), 4, 9, torch.device("cpu"))
-    drafts = keys.stream(1).choose(proposed)
+    drafts = keys.choose_drafts(proposed)
     found = rejection(logits, drafts, proposed, keys)
     assert found == rejection_with("")(logits, drafts, proposed, keys)
     assert set(found[1]) == {0, 1, 2, 3}
@@ -454,10 +455,21 @@ def test_wrong_rejection_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) ->
         sampling_law(law_model(dtype=torch.float64), [1, 2, 3], 1, REJECTION, 3000)
 
 
-def test_drafts_with_the_targets_noise_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Keys, "stream", lambda keys, salt: keys)
+def first_tokens(samples: int) -> tuple[Tensor, Tensor]:
+    """How often each of 9 tokens comes first when one draft is verified, and its law."""
+    g = torch.Generator().manual_seed(0)
+    q, p, bonus = torch.randn(3, 1, 1, 9, generator=g, dtype=torch.float64).expand(3, samples, 1, 9)
+    keys = Keys(REJECTION, list(range(samples)), [5] * samples, 2, 9, torch.device("cpu"))
+    tokens, _ = rejection(torch.cat((p, bonus), 1), keys.choose_drafts(q), q, keys)
+    return torch.tensor([row[0] for row in tokens]).bincount(minlength=9), p[0, 0].softmax(-1)
+
+
+def test_law_of_one_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it would be if the noise that made the draft also made the token that comes in its place."""
+    follows(*(x.numpy() for x in first_tokens(200_000)))
+    monkeypatch.setattr(Keys, "draft_noise", Keys.noise)
     with pytest.raises(Violation):
-        sampling_law(law_model(dtype=torch.float64), [1, 2, 3], 1, REJECTION, 3000)
+        follows(*(x.numpy() for x in first_tokens(200_000)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -740,14 +752,17 @@ def test_other_types_go_through_pytorch() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_blocks_go_through_pytorch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = small(kind), {"forward": list[int](), "draft": list[int]()}
-    for name, lengths in seen.items():
+    noted = {name: getattr(Native, name) for name in seen}
 
-        def noted(own: Native, tokens: list[list[int]], *rest: object, name: str = name, lengths: list[int] = lengths):
-            lengths.append(len(tokens[0]))
-            return originals[name](own, tokens, *rest)
+    def note(name: str) -> Callable[..., object]:
+        def noting(own: Native, tokens: list[list[int]], *rest: object) -> object:
+            seen[name].append(len(tokens[0]))
+            return noted[name](own, tokens, *rest)
 
-        originals = {name: getattr(Native, name) for name in seen} if name == "forward" else originals
-        monkeypatch.setattr(Native, name, noted)
+        return noting
+
+    for name in seen:
+        monkeypatch.setattr(Native, name, note(name))
     prompts = some_prompts([MOST_TOKENS - 1, MOST_TOKENS, MOST_TOKENS + 1, 3])
     found = run(model, prompts, 3, SOFT, 6)
     assert seen["forward"] == [MOST_TOKENS - 1, MOST_TOKENS, 3]
