@@ -42,6 +42,7 @@ constexpr int LANES = 4, OUTS = 4, ROWS = 4;
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
@@ -77,6 +78,11 @@ inline vec load(const bf16* p) {
 #endif
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, vec v) {
+    const uvec bits = (uvec)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const halves h = __builtin_convertvector(v == v ? rounded : uvec{} + 0x7FC0, halves);
+    std::memcpy(p, &h, sizeof h);
+}
 
 // a * b + c, rounded once where the machine can; written out, so that a sum is not rounded as its surroundings suggest.
 inline vec fma(vec a, vec b, vec c) {
@@ -150,6 +156,27 @@ inline vec exp(vec x) {
     const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
     return small ? vec{} : y;
 }
+
+// Memory on a cache line's bound, so that a vector never lies on two; nothing in it is set.
+template <class T>
+class Buffer {
+    T* at = nullptr;
+    int64_t room = -1;
+
+  public:
+    explicit Buffer(int64_t count) { reserve(count); }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(at); }
+    T* data() { return at; }
+    T* reserve(int64_t count) {  // what it held is lost
+        if (count > room) {
+            std::free(at);
+            at = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64), room = count;
+        }
+        return at;
+    }
+    T& operator[](int64_t i) { return at[i]; }
+};
 
 // What the activations of a product are: beside bfloat16 weights, where the machine multiplies pairs of them, the same.
 template <class W>
@@ -247,6 +274,85 @@ void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int6
     }
 }
 
+// Scores (rows, room) of queries (rows, H) with the keys (slots, H) of one head.
+template <class W, class A>
+void multiply_keys_apart(const W* keys, int64_t H, int64_t slots, const A* queries, int64_t rows, float scale, int64_t room,
+                         float* scores) {
+    product(keys, H, 0, slots, queries, H, rows,
+            [=](int64_t s, int64_t q, float y) { scores[q * room + s] = y * scale; });
+}
+
+#if defined(__AVX512F__)
+// Rows of 16 words of 32 bits -> columns.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    UNROLL for (int k = 0; k < 4; ++k) {
+        const __m512i a = _mm512_shuffle_i32x4(r[k], r[k + 4], 0x88), b = _mm512_shuffle_i32x4(r[k], r[k + 4], 0xDD);
+        const __m512i c = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0xDD);
+        t[k] = _mm512_shuffle_i32x4(a, c, 0x88), t[k + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        t[k + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[k + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+    std::memcpy(r, t, sizeof t);
+}
+
+// A word holds a float, or two bfloat16.
+inline vec multiply_words(float, __m512i a, __m512i b, vec c) { return fma((vec)a, (vec)b, c); }
+#if defined(__AVX512BF16__)
+inline vec multiply_words(bf16, __m512i a, __m512i b, vec c) {
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+// 16 keys at a time, R queries.
+template <int R, class W>
+inline void multiply_16_keys(const W* keys, int64_t H, int64_t slots, int64_t first, const W* queries, float scale,
+                             int64_t room, float* scores) {
+    constexpr int EACH = 4 / sizeof(W);
+    vec acc[R][2] = {};
+    for (int64_t i = 0; i < H; i += 16 * EACH) {
+        __m512i words[16];
+        UNROLL for (int s = 0; s < 16; ++s)
+            words[s] = _mm512_loadu_si512(keys + std::min(first + s, slots - 1) * H + i);
+        transpose(words);
+        UNROLL for (int j = 0; j < 16; ++j)
+            UNROLL for (int r = 0; r < R; ++r) {
+                int32_t word;
+                std::memcpy(&word, queries + r * H + i + j * EACH, 4);
+                acc[r][j % 2] = multiply_words(W(), words[j], _mm512_set1_epi32(word), acc[r][j % 2]);
+            }
+    }
+    for (int r = 0; r < R; ++r) store(scores + r * room + first, (acc[r][0] + acc[r][1]) * scale);
+}
+
+// Where rows of keys are whole vectors: keys become columns, so that no sum goes across a vector.
+template <class W>
+void multiply_keys(const W* keys, int64_t H, int64_t slots, const W* queries, int64_t rows, float scale, int64_t room,
+                   float* scores) {
+    if (H * sizeof(W) % 64) return multiply_keys_apart(keys, H, slots, queries, rows, scale, room, scores);
+    for (int64_t first = 0; first < slots; first += 16)
+        for (int64_t q = 0; q < rows; q += 4) {
+            auto some = rows - q >= 4 ? multiply_16_keys<4, W> : rows - q == 3 ? multiply_16_keys<3, W>
+                        : rows - q == 2 ? multiply_16_keys<2, W> : multiply_16_keys<1, W>;
+            some(keys, H, slots, first, queries + q * H, scale, room, scores + q * room);
+        }
+}
+#endif
+
+template <class W, class A>
+void multiply_keys(const W* keys, int64_t H, int64_t slots, const A* queries, int64_t rows, float scale, int64_t room,
+                   float* scores) {
+    multiply_keys_apart(keys, H, slots, queries, rows, scale, room, scores);
+}
+
 }  // namespace
 
 extern "C" {
@@ -293,19 +399,6 @@ struct Turn {
 
 namespace {
 
-// Memory on a cache line's bound, so that a vector never lies on two; nothing in it is set.
-template <class T>
-class Buffer {
-    T* at;
-
-  public:
-    explicit Buffer(int64_t count) : at((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { std::free(at); }
-    T* data() { return at; }
-    T& operator[](int64_t i) { return at[i]; }
-};
-
 // The part [begin, end) of `count` that this thread does, in multiples of `unit`.
 struct Part {
     int64_t begin, end;
@@ -330,7 +423,8 @@ void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
     float total = sum(squares);
     for (; i < n; ++i) total += x[i] * x[i];
     const float scale = 1.0f / std::sqrt(total / float(n) + float(eps));
-    for (i = 0; i < n; ++i) narrow(x[i] * scale * widen(weight[i]), y[i]);
+    for (i = 0; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+    for (; i < n; ++i) narrow(x[i] * scale * widen(weight[i]), y[i]);
 }
 
 template <class W>
@@ -421,14 +515,18 @@ class Runner {
 
     // silu(gate) * up for the outputs of one part.
     void gate(const float* row, Part f, A* y) const {
-        for (int64_t i = f.begin; i < f.end; i += LANES) {
-            float g[LANES] = {}, out[LANES];
-            const int64_t count = std::min<int64_t>(LANES, f.end - i);
-            std::memcpy(g, row + i, count * sizeof(float));
-            const vec v = load(g);
-            store(out, v / (1.0f + exp(-v)));
-            for (int64_t j = 0; j < count; ++j) narrow(out[j] * row[F + i + j], y[i + j]);
+        int64_t i = f.begin;
+        for (; i + LANES <= f.end; i += LANES) {
+            const vec v = load(row + i);
+            store(y + i, v / (1.0f + exp(-v)) * load(row + F + i));
         }
+        if (i == f.end) return;
+        float both[2][LANES] = {};
+        A out[LANES];
+        for (int64_t j = i; j < f.end; ++j) both[0][j - i] = row[j], both[1][j - i] = row[F + j];
+        const vec v = load(both[0]);
+        store(out, v / (1.0f + exp(-v)) * load(both[1]));
+        std::copy_n(out, f.end - i, y + i);
     }
 
     // Rotary embedding of one head (Hugging Face's layout), normalised first where the model does so.
@@ -454,40 +552,38 @@ class Runner {
     }
 
     void attend(const Layer& l, const Items& items, int64_t first, int64_t end, int64_t g) {
-        const int64_t group = N / G, count = end - first, from = (items.row[first] * G + g) * l.capacity * H;
+        const int64_t group = N / G, rows = (end - first) * group, from = (items.row[first] * G + g) * l.capacity * H;
         W *keys = (W*)l.keys + from, *values = (W*)l.values + from;
-        const int64_t slots = *std::max_element(items.slot + first, items.slot + end) + 1, room = slots + LANES;
-        Buffer<A> query_memory(count * group * H);
-        Buffer<float> score_memory(count * group * room + H);
-        A* queries = query_memory.data();
-        float *scores = score_memory.data(), *result = scores + count * group * room;
+        const int64_t slots = *std::max_element(items.slot + first, items.slot + end) + 1;
+        const int64_t room = (slots + 2 * LANES - 1) / LANES * LANES;
+        thread_local Buffer<A> query_memory(0);
+        thread_local Buffer<float> score_memory(0);
+        A* queries = query_memory.reserve(rows * H);
+        float *scores = score_memory.reserve(rows * (room + 1 + H)), *totals = scores + rows * room, *y = totals + rows;
         for (int64_t i = first; i < end; ++i) {
             float* row = qkv.data() + i * Q;
             rotate(row + (N + g) * H, l.k_norm, items.position[i], keys + items.slot[i] * H);
             for (int64_t j = 0; j < H; ++j) narrow(row[(N + G + g) * H + j], values[items.slot[i] * H + j]);
             for (int64_t q = 0; q < group; ++q)
-                rotate(row + (g * group + q) * H, l.q_norm, items.position[i],
-                       queries + ((i - first) * group + q) * H);
+                rotate(row + (g * group + q) * H, l.q_norm, items.position[i], queries + ((i - first) * group + q) * H);
         }
         const float scale = 1.0f / std::sqrt(float(H));
-        product((const W*)keys, H, 0, slots, queries, H, count * group,
-                [=](int64_t s, int64_t q, float y) { scores[q * room + s] = y * scale; });
-        for (int64_t i = first; i < end; ++i) {
-            int64_t own[64], others = 0;
-            for (int64_t j = 0; items.base[i] + j < slots && j < 64; ++j)
-                if (items.seen[i] >> j & 1) own[others++] = items.base[i] + j;
-            for (int64_t q = 0; q < group; ++q) {
-                mix(scores + ((i - first) * group + q) * room, items.base[i], own, others, values, result);
-                A* y = mixed.data() + i * N * H + (g * group + q) * H;
-                for (int64_t j = 0; j < H; ++j) narrow(result[j], y[j]);
-            }
+        multiply_keys((const W*)keys, H, slots, (const A*)queries, rows, scale, room, scores);
+        for (int64_t q = 0; q < rows; ++q)
+            totals[q] = softmax(scores + q * room, slots, items.base[first + q / group], items.seen[first + q / group]);
+        for (int64_t q = 0; q < rows; q += ROWS) mix(scores + q * room, room, slots, values, int(std::min<int64_t>(ROWS, rows - q)), y + q * H);
+        for (int64_t q = 0; q < rows; ++q) {
+            A* to = mixed.data() + (first + q / group) * N * H + (g * group + q % group) * H;
+            for (int64_t j = 0; j < H; ++j) narrow(y[q * H + j] / totals[q], to[j]);
         }
     }
 
-    // softmax of the scores of slots [0, base) and `own`, in this order, times their values.
-    void mix(float* scores, int64_t base, const int64_t* own, int64_t others, const W* values, float* y) const {
-        const int64_t count = base + others;
-        for (int64_t j = base; j < count; ++j) scores[j] = scores[own[j - base]];  // own[j - base] >= j
+    // Scores of `slots` slots -> their weights in place, 0 where a slot is not seen; returns the weights' sum. It is
+    // taken over the slots that are seen, in their order: what else stands in the cache does not change it.
+    static float softmax(float* scores, int64_t slots, int64_t base, uint64_t seen) {
+        int64_t own[64], count = base;
+        for (int64_t j = 0; base + j < slots && j < 64; ++j)
+            if (seen >> j & 1) scores[count] = scores[base + j], own[count++ - base] = base + j;
         for (int64_t j = count; j < count + LANES; ++j) scores[j] = -INFINITY;
         const float most = maximum(scores, count);
         vec total = {};
@@ -496,35 +592,52 @@ class Runner {
             store(scores + j, e);
             total += e;
         }
-        const float share = 1.0f / sum(total);
-        int64_t i = 0;
-        for (; i + 4 * LANES <= H; i += 4 * LANES) weigh<4>(scores, base, count, own, values + i, share, y + i);
-        for (; i + LANES <= H; i += LANES) weigh<1>(scores, base, count, own, values + i, share, y + i);
-        for (; i < H; ++i) {
-            float z = 0;
-            for (int64_t j = 0; j < count; ++j) z += scores[j] * widen(values[(j < base ? j : own[j - base]) * H + i]);
-            y[i] = z * share;
+        for (int64_t j = count; j < slots; ++j) scores[j] = 0;
+        for (int64_t j = count - 1; j >= base && own[j - base] != j; --j)
+            scores[own[j - base]] = scores[j], scores[j] = 0;
+        return sum(total);
+    }
+
+    // Values of `slots` slots, summed with the weights of `rows` rows: y (rows, H).
+    void mix(const float* weights, int64_t room, int64_t slots, const W* values, int rows, float* y) const {
+        switch (rows) {
+            case 1: return mix_rows<1>(weights, room, slots, values, y);
+            case 2: return mix_rows<2>(weights, room, slots, values, y);
+#if !defined(__AVX__) || defined(__AVX512F__)
+            case 3: return mix_rows<3>(weights, room, slots, values, y);
+            case 4: return mix_rows<4>(weights, room, slots, values, y);
+#endif
         }
     }
 
-    // C vectors of the values' weighted sum; several slots at a time, so that no addition waits for the one before.
-    template <int C>
-    void weigh(const float* shares, int64_t base, int64_t count, const int64_t* own, const W* values,
-               float share, float* y) const {
-        constexpr int U = (LANES < 8 ? LANES : 8) / C;  // the zeros behind the shares reach as far
-        vec acc[U][C] = {};
-        int64_t j = 0;
-        for (; j + U <= base; j += U)
-            UNROLL for (int u = 0; u < U; ++u)
-                UNROLL for (int c = 0; c < C; ++c) acc[u][c] = fma(vec{} + shares[j + u], load(values + (j + u) * H + c * LANES), acc[u][c]);
-        for (; j < count; j += U)
-            UNROLL for (int u = 0; u < U; ++u) {
-                const int64_t slot = j + u < base ? j + u : j + u < count ? own[j + u - base] : 0;  // its share is 0
-                UNROLL for (int c = 0; c < C; ++c) acc[u][c] = fma(vec{} + shares[j + u], load(values + slot * H + c * LANES), acc[u][c]);
+    template <int R>
+    void mix_rows(const float* weights, int64_t room, int64_t slots, const W* values, float* y) const {
+        int64_t i = 0;
+        for (; i + 4 * LANES <= H; i += 4 * LANES) weigh<R, 4>(weights, room, slots, values + i, y + i);
+        for (; i + 2 * LANES <= H; i += 2 * LANES) weigh<R, 2>(weights, room, slots, values + i, y + i);
+        for (; i + LANES <= H; i += LANES) weigh<R, 1>(weights, room, slots, values + i, y + i);
+        for (int r = 0; i < H && r < R; ++r) {
+            float* rest = y + r * H;
+            std::fill(rest + i, rest + H, 0.0f);
+            for (int64_t s = 0; s < slots; ++s)
+                for (int64_t j = i; j < H; ++j) rest[j] += weights[r * room + s] * widen(values[s * H + j]);
+        }
+    }
+
+    // C vectors of R rows. A sum goes from slot to slot: slots with weight 0 leave no trace in it.
+    template <int R, int C>
+    void weigh(const float* weights, int64_t room, int64_t slots, const W* values, float* y) const {
+        vec acc[R][C] = {};
+        for (int64_t s = 0; s < slots; ++s) {
+            vec v[C];
+            UNROLL for (int c = 0; c < C; ++c) v[c] = load(values + s * H + c * LANES);
+            UNROLL for (int r = 0; r < R; ++r) {
+                const vec weight = vec{} + weights[r * room + s];
+                UNROLL for (int c = 0; c < C; ++c) acc[r][c] = fma(weight, v[c], acc[r][c]);
             }
-        UNROLL for (int u = 1; u < U; ++u)
-            UNROLL for (int c = 0; c < C; ++c) acc[0][c] += acc[u][c];
-        for (int c = 0; c < C; ++c) store(y + c * LANES, acc[0][c] * share);
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) store(y + r * H + c * LANES, acc[r][c]);
     }
 };
 
