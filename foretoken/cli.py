@@ -7,14 +7,15 @@ and errors to standard error. A user's mistake is one line and exit code 2.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
 from foretoken.cli_bench import bench
+from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
+from foretoken.cli_generate import generate
 
 app = typer.Typer(
     name="foretoken",
@@ -23,11 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or the folder of a run.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16. Default: as stored.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 
 
 @app.command(epilog="Example: foretoken demo --minutes 12 --width 192 --layers 10")
@@ -55,7 +51,7 @@ def demo(
             display, out, minutes, n_future, width, layers, head_kind=head_kind, drafts=drafts, prompt_count=prompts,
             max_tokens=max_tokens, seed=seed,
         )  # fmt: skip
-    _print_json(result) if as_json else display.next_commands(result)
+    print_json(result) if as_json else display.next_commands(result)
 
 
 @app.command(
@@ -78,7 +74,7 @@ def train(
     with Display(quiet_text=as_json) as display:
         result = run(resolved, folder, resume=resume, report=display.record)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "checkpoint": str(result.checkpoint),
                 "step": result.step,
@@ -93,49 +89,9 @@ def train(
         raise typer.Exit(130)
 
 
-@app.command(epilog='Example: foretoken generate runs/demo "def main(" --max-tokens 100 --temperature 0.8 --seed 1')
-def generate(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
-    accept: Annotated[
-        str, typer.Option(help="keyed: drafts change no text; rejection: more drafts accepted, text of the same law.")
-    ] = "keyed",
-    seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
-    drafts: Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: all.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
-    dtype: Dtype = "",
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Continue a prompt, drafting with the extra heads. The text does not depend on the drafts."""
-    from foretoken.checkpoint import load_checkpoint
-    from foretoken.completion import stream
-    from foretoken.display import summary
-
-    text = _prompt(prompt, prompt_file)
-    model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
-    final = None
-    pieces = stream(
-        model, tokenizer, text, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        accept=cast(Any, accept), seed=seed, stop=stop or (), drafts=drafts, ignore_eos=ignore_eos,
-    )  # fmt: skip
-    for piece, final in pieces:  # noqa: B007 - the last one is used below
-        if not as_json:
-            _write(text + piece)  # the prompt too only now, when the options have been found right
-            text = ""
-    assert final is not None
-    if as_json:
-        _print_json(final.to_json())
-    else:
-        _write("\n")
-        summary(final)
+app.command(epilog='Example: foretoken generate runs/demo "def main(" --max-tokens 100 --temperature 0.8 --seed 1')(
+    generate
+)
 
 
 @app.command(epilog="Example: foretoken evaluate runs/demo src/ --json   (without DATA: what training held out)")
@@ -168,10 +124,10 @@ def evaluate(
     }  # fmt: skip
     given = {name: value for name, value in fields.items() if value is not None}
     documents = evaluation_documents(checkpoint, tuple(data or ()), split, given)
-    model, tokenizer = load_checkpoint(checkpoint, _dtype(dtype), _device(device))
+    model, tokenizer = load_checkpoint(checkpoint, dtype_of(dtype), device_of(device))
     with Display(quiet_text=as_json) as display:
         result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("tokens evaluated"))
-    _print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
+    print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
 
 
 @app.command(epilog="Example: foretoken info runs/demo --json")
@@ -181,7 +137,7 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
     from foretoken.display import Display
 
     values = describe(checkpoint)
-    _print_json(values) if as_json else Display().table(values)
+    print_json(values) if as_json else Display().table(values)
 
 
 export = typer.Typer(help="Write a checkpoint for other engines.", rich_markup_mode=None)
@@ -206,7 +162,7 @@ def export_eagle3(
     folder = run(checkpoint, out)
     commands = serving_commands(checkpoint, folder)
     if as_json:
-        _print_json({"drafter": str(folder), "commands": commands})
+        print_json({"drafter": str(folder), "commands": commands})
     else:
         Display().result("\n".join([str(folder), *commands.values()]))
 
@@ -226,7 +182,7 @@ def export_gguf(
     files = [str(path) for path in run(checkpoint, out, dtype)]
     commands = {"llama_server": serving_command(checkpoint, files)}
     if as_json:
-        _print_json({"files": files, "commands": commands})
+        print_json({"files": files, "commands": commands})
     else:
         Display().result("\n".join([*files, *commands.values()]))
 
@@ -257,7 +213,7 @@ def train_tokenizer(
         tokenizer = train_bpe((document.text for document in itertools.chain([first], read)), vocab_size)
     tokenizer.save(out)
     values = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size}
-    _print_json(values) if as_json else display.table(values)
+    print_json(values) if as_json else display.table(values)
 
 
 def main() -> None:
@@ -285,47 +241,3 @@ def main() -> None:
 def _fail(message: str) -> int:
     print("foretoken: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values))
-
-
-def _write(text: str) -> None:
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.flush()
-
-
-def _prompt(prompt: str | None, path: Path | None) -> str:
-    from foretoken.errors import ConfigError, DataError
-
-    if (prompt is None) == (path is None):
-        raise ConfigError("give a prompt, or --prompt-file FILE")
-    if path is None:
-        assert prompt is not None
-        return prompt
-    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
-
-
-def _dtype(name: str) -> str | None:
-    from foretoken.errors import ConfigError
-
-    if name not in ("", "float32", "bfloat16"):
-        raise ConfigError(f"--dtype {name}: must be float32 or bfloat16")
-    return name or None
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from foretoken.errors import ConfigError
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {name}: must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no usable GPU")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

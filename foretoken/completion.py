@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
 from foretoken.decode import check_requests, decode
+from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
+from foretoken.grammar import Grammar
 from foretoken.model import Model
+from foretoken.processors import Processing, Processors
 from foretoken.request import Request, Step
 from foretoken.sampling import Accept, Sampling
 from foretoken.tokenizer import TextStream, Tokenizer
@@ -25,7 +28,17 @@ class Options(TypedDict, total=False):
     accept: Accept  # "keyed": drafts change no output; "rejection": more of them accepted, the same law
     seed: int  # 0; prompt i of a list uses seed + i
     stop: str | Sequence[str]  # (): strings that end the text and are cut off
+    min_tokens: int  # 0: before so many, no end-of-text and no stop string
+    repetition_penalty: float  # 1.0: off; see `Processing` for these four
+    presence_penalty: float  # 0.0: off
+    frequency_penalty: float  # 0.0: off
+    logit_bias: Mapping[int, float]  # {}
+    json_schema: str | Mapping[str, Any]  # text that follows a schema; with the extra `grammar`, one of these three
+    regex: str  # .. or a regular expression
+    lark: str  # .. or a Lark grammar
     drafts: int | None  # None: as many as pay; 0: plain decoding
+    lookup: int  # 0: off; else drafts are what followed the last so many tokens where they stood before
+    draft_model: Model  # drafts are another model's, with the same tokens
     ignore_eos: bool  # False
     batch_size: int  # 16 prompts at a time
 
@@ -46,7 +59,7 @@ class TextRequest(Request):
     def commit(self, token: int, logprob: float) -> None:
         """As `Request.commit`; a stop string that appears is cut off with what follows it."""
         super().commit(token, logprob)
-        if not self.stop:
+        if not self.stop or (self.processors and len(self.ids) < self.processors.processing.min_tokens):
             return
         searched = len(self.text)
         self.read_on()
@@ -134,13 +147,12 @@ def generate(
     Raises ConfigError for options, or a prompt, that the model cannot run.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    requests, sampling, drafts = _requests(model, tokenizer, prompts, options)
+    requests, sampling, drafts, source = _requests(model, tokenizer, prompts, options)
     size = options.get("batch_size", 16)
     if size < 1:
         raise ConfigError(f"batch_size = {size} must be at least 1")
-    for start in range(0, len(requests), size):
-        for _ in decode(model, requests[start : start + size], sampling, drafts):
-            pass
+    for _ in decode(model, requests, sampling, drafts, size, source):
+        pass
     done = [_generation(*pair) for pair in zip(prompts, requests, strict=True)]
     return done[0] if isinstance(prompt, str) else done
 
@@ -152,8 +164,8 @@ def stream(
 
     The pieces joined are the Generation's text. A piece may hold several tokens.
     """
-    requests, sampling, drafts = _requests(model, tokenizer, [prompt], options)
-    for _ in decode(model, requests, sampling, drafts):
+    requests, sampling, drafts, source = _requests(model, tokenizer, [prompt], options)
+    for _ in decode(model, requests, sampling, drafts, source=source):
         done = requests[0].finish_reason is not None
         yield requests[0].release(), _generation(prompt, requests[0]) if done else None
 
@@ -168,7 +180,7 @@ def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
 
 def _requests(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
-) -> tuple[list[TextRequest], Sampling, int | None]:
+) -> tuple[list[TextRequest], Sampling, int | None, Source]:
     sampling = Sampling(
         options.get("temperature", 0.0),
         options.get("top_k", 0),
@@ -196,9 +208,38 @@ def _requests(
         )
         for index, prompt in enumerate(prompts)
     ]
-    drafts = options.get("drafts")
-    check_requests(model, requests, drafts)
-    return requests, sampling, drafts
+    _process(model, tokenizer, requests, options)
+    drafts, source = options.get("drafts"), _source(options)
+    check_requests(model, requests, drafts, source)
+    return requests, sampling, drafts, source
+
+
+def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest], options: Options) -> None:
+    """Give requests the processors that options ask for, if any."""
+    processing = Processing(
+        options.get("repetition_penalty", 1.0),
+        options.get("presence_penalty", 0.0),
+        options.get("frequency_penalty", 0.0),
+        dict(options.get("logit_bias") or {}),
+        options.get("min_tokens", 0),
+    )
+    processing.check(model.config.vocab_size)
+    asked = {"json_schema": options.get("json_schema"), "regex": options.get("regex"), "lark": options.get("lark")}
+    grammars = [Grammar(tokenizer, kind, text) for kind, text in asked.items() if text]
+    if len(grammars) > 1:
+        raise ConfigError("json_schema, regex and lark: only one of them can be followed")
+    if processing == Processing() and not grammars:
+        return
+    for request in requests:
+        matcher = grammars[0].matcher() if grammars else None
+        request.processors = Processors(processing, request.prompt, request.end_ids, matcher)
+
+
+def _source(options: Options) -> Source:
+    model, lookup = options.get("draft_model"), options.get("lookup", 0)
+    if model is not None and lookup:
+        raise ConfigError("lookup and draft_model: drafts can come from only one of them")
+    return Lookup(lookup) if lookup else model
 
 
 def _generation(prompt: str, request: TextRequest) -> Generation:

@@ -18,38 +18,47 @@ import torch
 from torch import Tensor
 
 from foretoken.cache import KVCache
-from foretoken.draft import Turn, make_drafter, step_pace
+from foretoken.draft import Turn
+from foretoken.drafters import Source, make_drafter, step_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.pace import Pace
+from foretoken.processors import changes
 from foretoken.request import Request, Step
 from foretoken.sampling import Keys, Sampling
 
 
 def decode(
-    model: Model, requests: Sequence[Request], sampling: Sampling, drafts: int | None, slots: int | None = None
+    model: Model,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    drafts: int | None,
+    slots: int | None = None,
+    source: Source = None,
 ) -> Iterator[tuple[Request, list[int]]]:
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
     drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
     (see `pace`), at most those the model was trained for and, of a sequential head, one more. slots: how many requests
-    run at a time, by default all; the others wait, and take the rows of those that end. A request ends when its
-    `finish_reason` is set, by `commit` or by the caller between two yields. Raises ConfigError for a K or a prompt that
-    the model cannot run.
+    run at a time, by default all; the others wait, and take the rows of those that end. source: where drafts come from,
+    by default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between
+    two yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """
-    check_requests(model, requests, drafts)
+    check_requests(model, requests, drafts, source)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
-    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)))
+    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)), source)
     while batch.requests or waiting:
         while waiting and len(batch.requests) < batch.rows:
             request = waiting.popleft()
             if request.finish_reason is not None:
                 continue
             row, hidden, z = batch.prefill(request)
-            (token,), (logprob,) = batch.stepper.pick_targets(hidden[0, :, -1:], batch.keys([request], 1))
+            (token,), (logprob,) = batch.stepper.pick_targets(
+                hidden[0, :, -1:], batch.keys([request], 1), changes([request], [[]])
+            )
             yield request, _commit(request, token, logprob)  # the prefill verifies nothing and is no step
             if request.finish_reason is None:
                 batch.join(request, row, hidden, z)
@@ -69,16 +78,22 @@ class Batch:
     """The requests that run, one a row, with the drafts on their way and the caches behind them."""
 
     def __init__(
-        self, model: Model, requests: Iterable[Request], sampling: Sampling, drafts: int | None, rows: int
+        self,
+        model: Model,
+        requests: Iterable[Request],
+        sampling: Sampling,
+        drafts: int | None,
+        rows: int,
+        source: Source = None,
     ) -> None:
         self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
         self.pace: Pace | None = None
         if drafts is None:
-            self.pace = step_pace(self.stepper, rows)
+            self.pace = step_pace(self.stepper, rows, source)
             drafts = len(self.pace.costs) - 1
         # The last step may begin one token before the end, accept K drafts and draft K more.
         capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1
-        self.drafter = make_drafter(self.stepper, drafts, rows, capacity)
+        self.drafter = make_drafter(self.stepper, drafts, rows, capacity, source)
         if self.pace is not None:
             self.drafter.drafts = self.pace.begin(drafts)
         self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
@@ -107,14 +122,18 @@ class Batch:
 
     def step(self) -> Turn:
         """Verify the drafts, and draft on."""
-        tokens = [[request.ids[-1], *draft] for request, draft in zip(self.requests, self.drafted, strict=True)]
+        longest = max(map(len, self.drafted))  # of a lookup, rows may have fewer; what stands behind is refused or luck
+        tokens = [
+            [request.ids[-1], *draft, *[0] * (longest - len(draft))]
+            for request, draft in zip(self.requests, self.drafted, strict=True)
+        ]
         keys = self.ahead or self.keys(self.requests, len(tokens[0]))
         if self.pace is not None and self.drafter.drafts:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
             self.drafter.drafts = self.pace.choose(self.drafter.most())
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys)
         if self.pace is not None:
-            self.pace.record(len(tokens[0]) - 1, turn.accepted)
+            self.pace.record([len(draft) for draft in self.drafted], turn.accepted)
         return turn
 
     def settle(self, turn: Turn) -> None:
@@ -130,15 +149,22 @@ class Batch:
             self.ahead = None
 
 
-def check_requests(model: Model, requests: Sequence[Request], drafts: int | None) -> None:
+def check_requests(model: Model, requests: Sequence[Request], drafts: int | None, source: Source = None) -> None:
     """Raises ConfigError for a K or a prompt that the model cannot run."""
     n, limit = model.config.n_future, model.config.max_position_embeddings
     drafts = drafts or 0
-    if model.config.sequential and not 0 <= drafts < limit:
+    if isinstance(source, Model):
+        if source.config.vocab_size != model.config.vocab_size:
+            raise ConfigError(
+                f"the draft model has {source.config.vocab_size} tokens, the model {model.config.vocab_size}: "
+                "they must be the same ones"
+            )
+        limit = min(limit, source.config.max_position_embeddings)
+    if (model.config.sequential or source is not None) and not 0 <= drafts < limit:
         raise ConfigError(
             f"drafts = {drafts}, but a model of {limit} positions drafts 0 to {limit - 1} tokens per step"
         )
-    if not model.config.sequential and not 0 <= drafts < n:
+    if not model.config.sequential and source is None and not 0 <= drafts < n:
         raise ConfigError(f"drafts = {drafts}, but a model with {n} heads drafts 0 to {n - 1} tokens per step")
     for request in requests:
         if not request.prompt:

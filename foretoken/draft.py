@@ -11,9 +11,9 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.model import Stepper
 from foretoken.native import MOST_TOKENS
-from foretoken.pace import Pace, measured_costs
+from foretoken.processors import changes
 from foretoken.request import Request
-from foretoken.sampling import Keys, Sampling, accepted
+from foretoken.sampling import Keys, accepted
 
 # Drafts (B, K), and the logits (B, K, V) they were picked from.
 Proposal = tuple[list[list[int]], Tensor | None]
@@ -36,13 +36,15 @@ class Drafter:
 
     heads: how many heads the model's own forward must run for it, head 1 included. cache: the drafter's own, if any.
     proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
-    compiled: whether `turn` may run as one compiled call, which drafts as the model's own heads do.
+    compiled: whether `turn` may run as one compiled call. heads_draft: whether the model's own heads draft, which is
+    then part of that call; other drafters are asked behind it and get no states.
     """
 
     heads = 1
     cache: KVCache | None = None
     proposed: Tensor | None = None
     compiled = True
+    heads_draft = True
 
     def __init__(self, stepper: Stepper, drafts: int) -> None:
         self.stepper, self.drafts = stepper, drafts
@@ -63,7 +65,7 @@ class Drafter:
 
     def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
         """The drafts of `join`, as `propose` gives them."""
-        return self.propose([request], [[request.ids[-1]]], [z.size(1) - 1], hidden, z, keys)
+        return self.propose([request], [[]], [z.size(1) - 1], hidden, z, keys)
 
     def propose(
         self,
@@ -74,7 +76,7 @@ class Drafter:
         z: Tensor,
         keys: Keys,
     ) -> Proposal:
-        """Drafts (B, K) behind `new`, the tokens that each row commits, and the logits they were picked from.
+        """Drafts (B, K) behind `new`, what each row commits beyond its request's ids, and the logits they come from.
 
         hidden (heads, B, T, D) and z (B, T, D): what the model's forward returned for the newest positions; `at` says
         for each row at which of them its last token but one stands, whose head 1 picked its last.
@@ -91,23 +93,30 @@ class Drafter:
     def turn(self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys) -> Turn:
         """Run the model on `tokens` (B, K + 1), each row's last one and its drafts; accept, and draft on."""
         native, device = self.stepper.native, self.stepper.model.device
-        short = len(tokens[0]) + self.drafts < MOST_TOKENS
-        if native is not None and self.compiled and short and not keys.sampling.filters:
+        inside = self.drafts if self.heads_draft else 0
+        short = len(tokens[0]) + inside < MOST_TOKENS
+        drafted = [row[1:] for row in tokens]
+        change = changes(requests, drafted)
+        drafts: list[list[int]] | None = None
+        hidden = z = torch.empty(0)
+        if native is not None and self.compiled and short and change is None and not keys.sampling.filters:
             self.stepper.grow_tables(cache)
-            own = self.cache if self.drafts else None
-            found = native.turn(tokens, cache, own, keys, self.drafts, self.proposed)
-            picked, logprobs, counts, drafts, self.proposed = found
-            return Turn(picked, logprobs, counts, drafts, keys.behind([count + 1 for count in counts], self.drafts + 1))
-        hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
-        if keys.rejection and self.proposed is not None:
-            drafted = torch.tensor([row[1:] for row in tokens], device=device)
-            picked, logprobs, counts = self.stepper.reject(hidden[0], drafted, self.proposed, keys)
+            own = self.cache if inside else None
+            picked, logprobs, counts, drafts, self.proposed = native.turn(
+                tokens, cache, own, keys, inside, self.proposed
+            )
         else:
-            picked, logprobs = self.stepper.pick_targets(hidden[0], keys)
-            counts = [accepted(row[1:], own) for row, own in zip(tokens, picked, strict=True)]
-        new = [own[: count + 1] for own, count in zip(picked, counts, strict=True)]
+            hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
+            if keys.rejection and self.proposed is not None:
+                these = torch.tensor(drafted, device=device)
+                picked, logprobs, counts = self.stepper.reject(hidden[0], these, self.proposed, keys, change)
+            else:
+                picked, logprobs = self.stepper.pick_targets(hidden[0], keys, change)
+                counts = [accepted(row, own) for row, own in zip(drafted, picked, strict=True)]
         ahead = keys.behind([count + 1 for count in counts], self.drafts + 1)
-        drafts, self.proposed = self.propose(requests, new, counts, hidden, z, ahead)
+        if drafts is None or not self.heads_draft:
+            new = [own[: count + 1] for own, count in zip(picked, counts, strict=True)]
+            drafts, self.proposed = self.propose(requests, new, counts, hidden, z, ahead)
         return Turn(picked, logprobs, counts, drafts, ahead)
 
 
@@ -133,8 +142,12 @@ class ParallelDrafter(Drafter):
             return [[] for _ in requests], None
         rows = torch.arange(len(at), device=hidden.device)
         states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
-        drafts, proposed = self.stepper.pick_drafts(states, keys)
-        return drafts.tolist(), proposed
+        if changes(requests, new) is None:
+            drafts, proposed = self.stepper.pick_drafts(states, keys)
+            return drafts.tolist(), proposed
+        return chained(
+            self.drafts, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys
+        )
 
 
 class SequentialDrafter(Drafter):
@@ -163,7 +176,7 @@ class SequentialDrafter(Drafter):
             self.cache.join(row)
             return [[]], None
         following = [*request.prompt[1:], request.ids[-1]]
-        proposal = self._chain(row, [following], [len(following) - 1], z, keys)
+        proposal = self._chain(row, [request], [following], [[]], [len(following) - 1], z, keys)
         self.cache.join(row)
         return proposal
 
@@ -179,53 +192,61 @@ class SequentialDrafter(Drafter):
         """See `Drafter`."""
         if not self.drafts:
             return [[] for _ in requests], None
-        return self._chain(self.cache, new, at, z[:, : max(at) + 1], keys)
+        return self._chain(self.cache, requests, new, new, at, z[:, : max(at) + 1], keys)
 
-    def _chain(self, cache: KVCache, new: list[list[int]], at: Sequence[int], z: Tensor, keys: Keys) -> Proposal:
-        device, count = z.device, z.size(1)
-        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, new, strict=True)]
-        padded = [tokens + [0] * (count - len(tokens)) for tokens in new]
-        states = self.stepper.draft(torch.tensor(padded, device=device), z, cache)
+    def _chain(
+        self,
+        cache: KVCache,
+        requests: Sequence[Request],
+        following: list[list[int]],
+        new: list[list[int]],
+        at: Sequence[int],
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
+        """Drafts behind the tokens `following` (B, up to T), the block's next ones beside z (B, T, D)."""
+        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, following, strict=True)]
+        state = last_of(self.stepper.draft(padded(following, z.device), z, cache), at)
         cache.roll_back(kept)  # what was padding
-        state = states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]  # (B, 1, D)
-        picks = [self.stepper.pick_drafts(state, keys)]
-        while len(picks) < self.drafts:
-            state = self.stepper.draft(picks[-1][0], state, cache)
-            picks.append(self.stepper.pick_drafts(state, keys, len(picks)))
+
+        def states(picks: list[Tensor]) -> Tensor:
+            nonlocal state
+            state = self.stepper.draft(picks[-1], state, cache) if picks else state
+            return state
+
+        proposal = chained(self.drafts, states, self.stepper, requests, new, keys)
         cache.roll_back(kept)
-        drafts, proposed = (torch.cat(parts, 1) for parts in zip(*picks, strict=True))
-        return drafts.tolist(), proposed
+        return proposal
 
 
-def step_pace(stepper: Stepper, rows: int) -> Pace:
-    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper."""
-    if rows not in stepper.paces:
-        most = stepper.config.n_future - (0 if stepper.config.sequential and stepper.config.n_future > 1 else 1)
-        length = min(128, stepper.config.max_position_embeddings)
-        requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
-        sampling = Sampling(1.0)
-
-        def step(drafts: int) -> Callable[[], object]:
-            drafter = make_drafter(stepper, drafts, rows, length + 3 * drafts + 2)
-            cache = stepper.new_cache(rows, length + 3 * drafts + 2, drafter.heads)
-            keys = Keys(
-                sampling, [0] * rows, [length] * rows, drafts + 1, stepper.config.vocab_size, stepper.model.device
-            )
-
-            def run() -> None:
-                cache.lengths = [length] * rows
-                if drafter.cache is not None:
-                    drafter.cache.lengths = [length] * rows
-                drafter.turn(requests, [[0] * (drafts + 1)] * rows, cache, keys)
-
-            return run
-
-        stepper.paces[rows] = Pace(measured_costs([step(drafts) for drafts in range(most + 1)]))
-    return stepper.paces[rows]
+def chained(
+    count: int,
+    states: Callable[[list[Tensor]], Tensor],
+    stepper: Stepper,
+    requests: Sequence[Request],
+    new: Sequence[Sequence[int]],
+    keys: Keys,
+) -> Proposal:
+    """`count` drafts, one after the other, from the states (B, 1, D) that those before them give."""
+    picks: list[Tensor] = []
+    laws: list[Tensor] = []
+    while len(picks) < count:
+        state = states(picks)
+        drafted = torch.cat(picks, 1).tolist() if picks else [[] for _ in requests]
+        change = changes(requests, [[*tokens, *further] for tokens, further in zip(new, drafted, strict=True)])
+        pick, law = stepper.pick_drafts(state, keys, len(picks), change)
+        picks.append(pick)
+        laws.append(law)
+    return torch.cat(picks, 1).tolist(), torch.cat(laws, 1)
 
 
-def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int) -> Drafter:
-    """What drafts `drafts` tokens a step for the model behind `stepper`; its rows hold at most `capacity` positions."""
-    if stepper.config.sequential and drafts:
-        return SequentialDrafter(stepper, drafts, rows, capacity)
-    return ParallelDrafter(stepper, drafts)
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of any lengths as one tensor (B, T), with zeros behind them."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
+def last_of(states: Tensor, at: Sequence[int]) -> Tensor:
+    """Of states (B, T, D) the one at place at[row] of each row: (B, 1, D)."""
+    device = states.device
+    return states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]

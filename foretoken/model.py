@@ -19,6 +19,7 @@ from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
+from foretoken.processors import Change
 from foretoken.sampling import Keys, filtered, rejection
 
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
@@ -156,7 +157,7 @@ class Stepper:
         self.heads = BlockStack(list(model.heads)[:1] if self.config.sequential else list(model.heads))
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
-        self.paces: dict[int, Pace] = {}  # by batch size
+        self.paces: dict[object, Pace] = {}  # by batch size and where drafts come from
         self.native = self._native() if compiled else None
 
     def _native(self) -> Native | None:
@@ -201,24 +202,32 @@ class Stepper:
         cache.advance(T)
         return hidden, x[0]
 
-    def pick_targets(self, states: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
-        """The target's own tokens (B, k) and their log-probabilities from head 1's states (B, k, D)."""
-        return pick_targets(self.logits(states), keys)
+    def pick_targets(
+        self, states: Tensor, keys: Keys, change: Change | None = None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The target's own tokens (B, k) and their log-probabilities from head 1's states (B, k, D).
+
+        change: of the logits that tokens are picked by. Log-probabilities are the model's own.
+        """
+        return pick_targets(self.logits(states), keys, change)
 
     def reject(
-        self, states: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys
+        self, states: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys, change: Change | None = None
     ) -> tuple[list[list[int]], list[list[float]], list[int]]:
         """Tokens (B, K + 1), their log-probabilities, and how many are accepted drafts; see `sampling.rejection`."""
         logits = self.logits(states)
-        tokens, accepted = rejection(logits, drafts, proposed, keys)
+        tokens, accepted = rejection(change(logits) if change else logits, drafts, proposed, keys)
         return tokens, logprobs_of(logits, torch.tensor(tokens, device=logits.device)), accepted
 
-    def pick_drafts(self, states: Tensor, keys: Keys, first: int = 0) -> tuple[Tensor, Tensor]:
+    def pick_drafts(
+        self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Drafts (B, k), the first of them number `first` of its step, from their heads' states (B, k, D).
 
         Also the logits (B, k, V) of the law they are picked by, which acceptance by rejection needs.
         """
         logits = self.logits(states)
+        logits = change(logits) if change else logits
         drafts = keys.choose_drafts(logits, first)
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
 
@@ -265,9 +274,9 @@ class Stepper:
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
 
 
-def pick_targets(logits: Tensor, keys: Keys) -> tuple[list[list[int]], list[list[float]]]:
+def pick_targets(logits: Tensor, keys: Keys, change: Change | None = None) -> tuple[list[list[int]], list[list[float]]]:
     """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
-    tokens = keys.choose(logits)
+    tokens = keys.choose(change(logits) if change else logits)
     return tokens.tolist(), logprobs_of(logits, tokens)
 
 

@@ -26,14 +26,16 @@ class Pace:
         self.accepted, self.tried = [HOPE] + [0.0] * self.best, [HOPE] + [0.0] * self.best
         self.refused = 0  # requests that began without drafts
 
-    def record(self, drafted: int, accepted: Sequence[int]) -> None:
-        """A step of rows with `drafted` drafts each, of which `accepted` (B) were right."""
-        for depth in range(drafted):
-            tried = sum(count >= depth for count in accepted)
-            if tried:
-                keep = (1 - 1 / MEMORY) ** tried
-                self.tried[depth] = self.tried[depth] * keep + tried
-                self.accepted[depth] = self.accepted[depth] * keep + sum(count > depth for count in accepted)
+    def record(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """A step of rows with `drafted` (B) drafts, of which the first `accepted` (B) were right."""
+        for depth in range(max(drafted)):
+            rows = [
+                right > depth for had, right in zip(drafted, accepted, strict=True) if had > depth and right >= depth
+            ]
+            if rows:
+                keep = (1 - 1 / MEMORY) ** len(rows)
+                self.tried[depth] = self.tried[depth] * keep + len(rows)
+                self.accepted[depth] = self.accepted[depth] * keep + sum(rows)
 
     def tokens_per_step(self, drafts: int) -> float:
         """Expected with so many drafts."""

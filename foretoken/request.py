@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from foretoken.processors import Processors
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,12 +31,13 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     finish_reason: str | None = None
+    processors: Processors | None = None
 
     def commit(self, token: int, logprob: float) -> None:
         """Append a token with the target's log-probability of it; sets `finish_reason` when it is the last."""
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.end_ids:
+        if token in self.end_ids or (self.processors is not None and self.processors.complete(self.ids)):
             self.finish_reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.finish_reason = "length"

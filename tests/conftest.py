@@ -93,7 +93,7 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         class OracleDrafter(Drafter):
             compiled = False
 
-            def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
+            def __init__(self, stepper: Stepper, drafts: int, *_: object) -> None:
                 super().__init__(stepper, drafts)
 
             def join(self, request: Request, *rest: object) -> list[int]:

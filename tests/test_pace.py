@@ -10,7 +10,7 @@ from invariants import same_output
 from test_decode import CONFIDENT, PROMPTS, VAGUE
 
 from foretoken import decode as decoding
-from foretoken.draft import step_pace
+from foretoken.drafters import step_pace
 from foretoken.pace import PROBE_EVERY, Pace, measured_costs
 from foretoken.sampling import Sampling
 
@@ -20,7 +20,7 @@ CHEAP, DEAR = [1.0, 1.1, 1.2, 1.3], [1.0, 2.1, 3.1, 4.1]
 def after(costs: Sequence[float], accepted: int, steps: int = 60) -> Pace:
     pace = Pace(costs)
     for _ in range(steps):
-        pace.record(3, [accepted])
+        pace.record([3], [accepted])
     return pace
 
 
@@ -29,7 +29,7 @@ def test_the_best_expected_speed_is_taken() -> None:
     pace = Pace([1.0, 1.2, 1.5, 1.9])
     for _ in range(100):
         for accepted in (0, 1, 2, 2, 1, 2, 0, 1):
-            pace.record(3, [accepted])
+            pace.record([3], [accepted])
     assert pace.tokens_per_step(1) == pytest.approx(1.75, abs=0.08)
     assert pace.tokens_per_step(2) == pytest.approx(2.125, abs=0.1)
     assert pace.tokens_per_step(3) == pytest.approx(pace.tokens_per_step(2), abs=0.02)
@@ -52,7 +52,7 @@ def test_what_has_not_paid_is_tried_again_now_and_then() -> None:
     assert sum(begun) == 3
     assert set(begun) == {0, 1}
     for _ in range(60):
-        pace.record(1, [1])
+        pace.record([1], [1])
     assert pace.choose(3) > 0
 
 

@@ -36,6 +36,8 @@ ORDER = [
     "heads",
     "native",
     "pace",
+    "processors",
+    "grammar",
     "model",
     "loss",
     "optim",
@@ -48,6 +50,7 @@ ORDER = [
     "formats.gguf",
     "request",
     "draft",
+    "drafters",
     "decode",
     "completion",
     "evaluate",
@@ -61,7 +64,9 @@ ORDER = [
     "report",
     "demo",
     "lab.head_kinds",
+    "cli_common",
     "cli_bench",
+    "cli_generate",
     "cli",
 ]
 LINES, FUNCTION_LINES = 350, 60

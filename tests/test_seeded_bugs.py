@@ -206,7 +206,7 @@ def bonus_from_the_position_before(patch: Patch) -> None:
     """Behind a whole accepted block the next token comes from the logits of the place before."""
     real = stepping.pick_targets
 
-    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
         if logits.size(1) > 1:
             logits = torch.cat((logits[:, :-1], logits[:, -2:-1]), 1)
         return real(logits, keys)
@@ -219,12 +219,12 @@ def drafts_logprob_returned(patch: Patch) -> None:
     real_drafts, real_targets = Stepper.pick_drafts, stepping.pick_targets
     drafted: list[Tensor] = []
 
-    def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys, *_: object) -> tuple[Tensor, Tensor]:
         drafts, logits = real_drafts(stepper, states, keys)
         drafted[:] = [logits.log_softmax(-1).gather(-1, drafts[..., None])[..., 0]]
         return drafts, logits
 
-    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
         tokens, logprobs = real_targets(logits, keys)
         for row, own in zip(logprobs, drafted[0].tolist() if drafted else [], strict=False):
             row[: len(own)] = own
@@ -237,7 +237,7 @@ def drafts_logprob_returned(patch: Patch) -> None:
 def logprobs_after_temperature_and_filters(patch: Patch) -> None:
     real = stepping.pick_targets
 
-    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
         tokens, _ = real(logits, keys)
         kept = sampling.filtered(logits, Sampling(1.0, top_k=5)).log_softmax(-1)
         return tokens, kept.gather(-1, torch.tensor(tokens)[..., None])[..., 0].tolist()
@@ -265,7 +265,7 @@ def accepts_then_redraws(patch: Patch) -> None:
     real_targets, real_accepted = stepping.pick_targets, drafting.accepted
     redraws: dict[int, list[int]] = {}
 
-    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
         tokens, logprobs = real_targets(logits, keys)
         assert keys.noise is not None
         fresh = sampling.choose(logits, keys.noise.roll(1, -1)[:, : logits.size(1)], keys.sampling)  # no draft saw it
@@ -287,7 +287,7 @@ def accepts_any_likely_draft(patch: Patch) -> None:
     real_targets, real_accepted = stepping.pick_targets, drafting.accepted
     likely: dict[int, list[list[bool]]] = {}
 
-    def pick_targets(logits: Tensor, keys: Keys) -> Any:
+    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
         tokens, logprobs = real_targets(logits, keys)
         rows = (logits.softmax(-1) > 0.05).tolist()
         likely.update({id(row): allowed for row, allowed in zip(tokens, rows, strict=True)})

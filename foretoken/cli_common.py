@@ -1,0 +1,71 @@
+"""Options and output that the commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or the folder of a run.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16. Default: as stored.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object, and nothing else, on standard output."""
+    print(json.dumps(values))
+
+
+def write(text: str) -> None:
+    """Text on standard output, at once, whatever its encoding."""
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+    sys.stdout.flush()
+
+
+def read_prompt(prompt: str | None, path: Path | None) -> str:
+    """The prompt given, or that of a file; - is standard input."""
+    from foretoken.errors import ConfigError
+
+    if (prompt is None) == (path is None):
+        raise ConfigError("give a prompt, or --prompt-file FILE")
+    if path is None:
+        assert prompt is not None
+        return prompt
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; - is standard input."""
+    from foretoken.errors import DataError
+
+    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+
+
+def dtype_of(name: str) -> str | None:
+    """What --dtype means to `load_checkpoint`."""
+    from foretoken.errors import ConfigError
+
+    if name not in ("", "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {name}: must be float32 or bfloat16")
+    return name or None
+
+
+def device_of(name: str) -> str:
+    """What --device means to `load_checkpoint`."""
+    import torch
+
+    from foretoken.errors import ConfigError
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no usable GPU")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

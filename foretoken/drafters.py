@@ -1,0 +1,175 @@
+"""Drafts from elsewhere than the model's own heads, which drafter a decode takes, and what its steps cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foretoken.cache import KVCache
+from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Turn, chained, last_of, padded
+from foretoken.errors import ConfigError
+from foretoken.model import Model, Stepper
+from foretoken.pace import Pace, measured_costs
+from foretoken.request import Request
+from foretoken.sampling import Keys, Sampling
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Draft what followed the last `longest` tokens, or fewer of them, where they stood before in prompt and output."""
+
+    longest: int = 3
+
+    def __post_init__(self) -> None:
+        if self.longest < 1:
+            raise ConfigError(f"lookup = {self.longest} must be at least 1 token")
+
+
+# Where drafts come from: None for the model's own heads, or another model with the same tokens, or the text so far.
+Source = Model | Lookup | None
+MOST = {Lookup: 8, Model: 4}  # drafts a step, where nobody says how many
+
+
+class ModelDrafter(Drafter):
+    """Another model with the same tokens, which decodes plainly from draft to draft (Leviathan et al. 2023)."""
+
+    heads_draft = False
+    cache: KVCache
+
+    def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int, other: Stepper) -> None:
+        super().__init__(stepper, drafts)
+        self.other = other
+        self.cache = other.new_cache(rows, capacity, 1)
+        self.cache.select([])
+
+    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
+        """See `Drafter`."""
+        row = self.cache.vacant()
+        proposal = self._chain(row, [request], [[*request.prompt, *request.ids]], [[]], keys)
+        self.cache.join(row)
+        return proposal
+
+    def propose(
+        self,
+        requests: Sequence[Request],
+        new: list[list[int]],
+        at: Sequence[int],
+        hidden: Tensor,
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
+        """See `Drafter`."""
+        return self._chain(self.cache, requests, new, new, keys)
+
+    def _chain(
+        self,
+        cache: KVCache,
+        requests: Sequence[Request],
+        read: list[list[int]],
+        new: list[list[int]],
+        keys: Keys,
+    ) -> Proposal:
+        """Drafts behind the tokens `read` (B, any), which this model has not seen yet."""
+        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, read, strict=True)]
+        hidden, _ = self.other.forward(padded(read, self.other.model.device), cache, 1)
+        cache.roll_back(kept)  # what was padding
+        if not self.drafts:
+            return [[] for _ in requests], None
+        state = last_of(hidden[0], [len(tokens) - 1 for tokens in read])
+
+        def states(picks: list[Tensor]) -> Tensor:
+            return self.other.forward(picks[-1], cache, 1)[0][0] if picks else state
+
+        proposal = chained(self.drafts, states, self.other, requests, new, keys)
+        cache.roll_back(kept)
+        return proposal
+
+
+class LookupDrafter(Drafter):
+    """What followed the last tokens where they stood before (prompt lookup, Saxena 2023): no model drafts."""
+
+    heads_draft = False
+
+    def __init__(self, stepper: Stepper, drafts: int, longest: int) -> None:
+        super().__init__(stepper, drafts)
+        self.longest = longest
+
+    def propose(
+        self,
+        requests: Sequence[Request],
+        new: list[list[int]],
+        at: Sequence[int],
+        hidden: Tensor,
+        z: Tensor,
+        keys: Keys,
+    ) -> Proposal:
+        """See `Drafter`. A row has as many drafts as follow its match, maybe none."""
+        texts = ([*request.prompt, *request.ids, *tokens] for request, tokens in zip(requests, new, strict=True))
+        return [looked_up(text, self.longest, self.drafts) for text in texts], None
+
+    def turn(self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys) -> Turn:
+        """See `Drafter`. Its drafts are certain: under rejection, q is 1 for each of them."""
+        self.proposed = None
+        if keys.rejection and len(tokens[0]) > 1:
+            drafted = torch.tensor([row[1:] for row in tokens], device=self.stepper.model.device)
+            certain = torch.full((*drafted.shape, keys.vocab_size), float("-inf"), device=drafted.device)
+            self.proposed = certain.scatter_(-1, drafted[..., None], 0.0)
+        return super().turn(requests, tokens, cache, keys)
+
+
+def looked_up(text: Sequence[int], longest: int, count: int) -> list[int]:
+    """Up to `count` tokens that followed the newest earlier place of the last `longest` tokens, or of fewer of them."""
+    for size in range(min(longest, len(text) - 1), 0, -1):
+        last = list(text[-size:])
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start + size - 1] == last[-1] and list(text[start : start + size]) == last:
+                return list(text[start + size : start + size + count])
+    return []
+
+
+def most_drafts(stepper: Stepper, source: Source) -> int:
+    """How many drafts a step may have where nobody says how many; of a sequential head, one beyond its training."""
+    if source is not None:
+        return MOST[type(source)]
+    return stepper.config.n_future - (0 if stepper.config.sequential and stepper.config.n_future > 1 else 1)
+
+
+def step_pace(stepper: Stepper, rows: int, source: Source = None) -> Pace:
+    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper."""
+    if (rows, source) not in stepper.paces:
+        length = min(128, stepper.config.max_position_embeddings)
+        requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
+        sampling = Sampling(1.0)
+
+        def step(drafts: int) -> Callable[[], object]:
+            drafter = make_drafter(stepper, drafts, rows, length + 3 * drafts + 2, source)
+            cache = stepper.new_cache(rows, length + 3 * drafts + 2, drafter.heads)
+            keys = Keys(
+                sampling, [0] * rows, [length] * rows, drafts + 1, stepper.config.vocab_size, stepper.model.device
+            )
+
+            def run() -> None:
+                cache.lengths = [length] * rows
+                if drafter.cache is not None:
+                    drafter.cache.lengths = [length] * rows
+                drafter.turn(requests, [[0] * (drafts + 1)] * rows, cache, keys)
+
+            return run
+
+        most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
+        stepper.paces[rows, source] = Pace(measured_costs([step(drafts) for drafts in range(most + 1)]))
+    return stepper.paces[rows, source]
+
+
+def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int, source: Source = None) -> Drafter:
+    """What drafts `drafts` tokens a step for the model behind `stepper`; its rows hold at most `capacity` positions."""
+    if drafts and isinstance(source, Lookup):
+        return LookupDrafter(stepper, drafts, source.longest)
+    if drafts and isinstance(source, Model):
+        return ModelDrafter(stepper, drafts, rows, capacity, source.stepper())
+    if stepper.config.sequential and drafts:
+        return SequentialDrafter(stepper, drafts, rows, capacity)
+    return ParallelDrafter(stepper, drafts)

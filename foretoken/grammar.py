@@ -1,0 +1,76 @@
+"""Output that follows a grammar: a JSON schema, a regular expression or a Lark grammar, by the library llguidance."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.errors import ConfigError
+from foretoken.tokenizer import Tokenizer
+
+
+class Grammar:
+    """A grammar over a tokenizer's tokens. Raises ConfigError for one that cannot be read."""
+
+    def __init__(self, tokenizer: Tokenizer, kind: str, text: str | Mapping[str, Any]) -> None:
+        """kind: "json_schema" (text or mapping), "regex" or "lark"."""
+        if importlib.util.find_spec("llguidance") is None:
+            raise ConfigError(f"{kind}: a grammar needs pip install 'foretoken[grammar]'")
+        from llguidance import LLMatcher, LLTokenizer
+
+        readers: dict[str, Callable[[Any], str]] = {
+            "json_schema": LLMatcher.grammar_from_json_schema,
+            "regex": LLMatcher.grammar_from_regex,
+            "lark": LLMatcher.grammar_from_lark,
+        }
+        if kind == "json_schema":
+            text = text if isinstance(text, str) else json.dumps(text)
+        self.ends = {tokenizer.eos_id}
+        vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
+        try:
+            self.first = LLMatcher(vocabulary, readers[kind](text), log_level=0)
+        except ValueError as error:
+            raise ConfigError(f"{kind}: {error}") from None
+        if self.first.is_error():
+            raise ConfigError(f"{kind}: {self.first.get_error()}")
+
+    def matcher(self) -> GrammarMatcher:
+        """One that stands before the first token of a text."""
+        return GrammarMatcher(self.first.deep_copy(), self.ends)
+
+
+class GrammarMatcher:
+    """See `processors.Matcher`."""
+
+    def __init__(self, matcher: Any, ends: set[int | None]) -> None:
+        self.matcher, self.ends = matcher, ends
+        self.read = 0
+
+    def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
+        """See `processors.Matcher`."""
+        self._follow(ids)
+        if self.matcher.is_error() or any(token in self.ends for token in further):
+            return None
+        followed = self.matcher.try_consume_tokens(list(further))
+        fits = followed == len(further) and not self.matcher.is_stopped()
+        allowed = (
+            torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0 if fits else None
+        )
+        self.matcher.rollback(followed)
+        return allowed
+
+    def complete(self, ids: Sequence[int]) -> bool:
+        """See `processors.Matcher`."""
+        self._follow(ids)
+        return bool(self.matcher.is_stopped())
+
+    def _follow(self, ids: Sequence[int]) -> None:
+        for token in ids[self.read :]:
+            if token not in self.ends:
+                self.matcher.consume_token(token)
+        self.read = len(ids)

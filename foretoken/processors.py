@@ -1,0 +1,135 @@
+"""What changes a request's logits before a token is picked: penalties, biases, a shortest length, a grammar.
+
+Each position of a step is changed by the tokens that stand before it there, drafts included. So a draft is accepted
+when it is what plain decoding with the same processors picks, and the output is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from foretoken.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foretoken.request import Request
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Matcher(Protocol):
+    """Follows a grammar along a text's tokens; `grammar.Grammar` makes them."""
+
+    def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
+        """Which tokens (V, bool) may follow ids + further; None where these do not follow the grammar anyway."""
+        ...
+
+    def complete(self, ids: Sequence[int]) -> bool:
+        """Whether nothing but an end may follow ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Processing:
+    """How logits are changed; the defaults change nothing. The penalties are those of vLLM and of OpenAI's API.
+
+    repetition: logits of tokens that stand in prompt or output are divided by it where positive, else multiplied
+    (Keskar et al. 2019). presence: taken from tokens that stand in the output. frequency: taken once for each time they
+    stand there. logit_bias: added, by token id. min_tokens: before so many, neither end-of-text nor stop string.
+    """
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.repetition < math.inf:
+            raise ConfigError(f"repetition_penalty = {self.repetition} must be a positive number; 1 is off")
+        for name in ("presence", "frequency"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ConfigError(f"{name}_penalty = {value} must be a number; 0 is off")
+        if self.min_tokens < 0:
+            raise ConfigError(f"min_tokens = {self.min_tokens} must be at least 0")
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise ConfigError(f"logit_bias of token {token} = {bias} must be a number or -inf")
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ConfigError for a token that a vocabulary does not have."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"logit_bias: token {token} is not among the model's {vocab_size}")
+
+
+class Processors:
+    """The processors of one request, with what they remember of its tokens so far."""
+
+    def __init__(
+        self, processing: Processing, prompt: Iterable[int], end_ids: Iterable[int], matcher: Matcher | None = None
+    ) -> None:
+        self.processing, self.matcher = processing, matcher
+        self.prompt, self.ends = torch.tensor(sorted(set(prompt))), torch.tensor(sorted(end_ids), dtype=torch.long)
+        self.biased = torch.tensor(list(processing.logit_bias), dtype=torch.long)
+        self.biases = torch.tensor(list(processing.logit_bias.values()))
+        self.counts: Tensor | None = None  # (V), of the first `counted` tokens of the output
+        self.counted = 0
+
+    def apply(self, logits: Tensor, ids: Sequence[int], further: Sequence[int]) -> Tensor:
+        """The changed logits (V) of the token behind ids + further; `ids` are committed and only ever grow."""
+        p, device, logits = self.processing, logits.device, logits.clone()
+        if p.repetition != 1 or p.presence or p.frequency:
+            counts = self._counts(ids, logits.numel()).index_add(
+                0, torch.tensor(list(further), dtype=torch.long), torch.ones(len(further))
+            )
+            present = counts > 0
+            if p.repetition != 1:
+                met = present.index_fill(0, self.prompt, True).to(device)
+                logits = torch.where(met, torch.where(logits > 0, logits / p.repetition, logits * p.repetition), logits)
+            logits -= (p.frequency * counts + p.presence * present).to(logits)
+        if p.logit_bias:
+            logits[self.biased.to(device)] += self.biases.to(logits)
+        if len(ids) + len(further) < p.min_tokens:
+            logits[self.ends.to(device)] = float("-inf")
+        if self.matcher is not None and (allowed := self.matcher.mask(ids, further)) is not None:
+            logits[: len(allowed)].masked_fill_(~allowed.to(device), float("-inf"))
+            logits[len(allowed) :] = float("-inf")
+        return logits
+
+    def complete(self, ids: Sequence[int]) -> bool:
+        """Whether a grammar ends the output here."""
+        return self.matcher is not None and self.matcher.complete(ids)
+
+    def _counts(self, ids: Sequence[int], vocab_size: int) -> Tensor:
+        if self.counts is None:
+            self.counts = torch.zeros(vocab_size)
+        if self.counted < len(ids):
+            new = torch.tensor(ids[self.counted :])
+            self.counts.index_add_(0, new, torch.ones(len(new)))
+            self.counted = len(ids)
+        return self.counts
+
+
+def changes(requests: Sequence[Request], further: Sequence[Sequence[int]]) -> Change | None:
+    """What the requests' processors make of logits (B, k, V), the last of them behind ids + further of each request.
+
+    None where no request has any. `further` (B): tokens that are not committed yet.
+    """
+    if all(request.processors is None for request in requests):
+        return None
+
+    def change(logits: Tensor) -> Tensor:
+        changed = logits.clone()
+        for row, (request, tokens) in enumerate(zip(requests, further, strict=True)):
+            for index in range(logits.size(1)) if request.processors is not None else ():
+                before = tokens[: len(tokens) - (logits.size(1) - 1 - index)]
+                changed[row, index] = request.processors.apply(logits[row, index], request.ids, before)  # type: ignore[union-attr]
+        return changed
+
+    return change
