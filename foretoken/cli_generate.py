@@ -21,41 +21,58 @@ from foretoken.cli_common import (
     write,
 )
 
+Prompt = Annotated[str | None, typer.Argument(help="The text to continue.")]
+PromptFile = Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")]
+Accept = Annotated[
+    str, typer.Option(help="keyed: drafts change no text; rejection: more drafts accepted, text of the same law.")
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")]
+MinTokens = Annotated[int, typer.Option(help="Do not end before so many tokens.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Make tokens of prompt and text less likely; 1 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="Taken from logits of the text's tokens.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, once for each time they stand there.")]
+LogitBias = Annotated[list[str] | None, typer.Option(help="TOKEN_ID=BIAS, added to its logit; any number of times.")]
+JsonSchema = Annotated[Path | None, typer.Option(help="Text that follows the JSON schema in this file.")]
+Regex = Annotated[str, typer.Option(help="Text that follows this regular expression.")]
+Lark = Annotated[Path | None, typer.Option(help="Text that follows the Lark grammar in this file.")]
+Drafts = Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: as many as pay.")]
+Lookup = Annotated[
+    int, typer.Option(help="Draft what followed the last so many tokens before, not with heads; 0 is off.")
+]
+DraftModel = Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")]
+
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
-    accept: Annotated[
-        str, typer.Option(help="keyed: drafts change no text; rejection: more drafts accepted, text of the same law.")
-    ] = "keyed",
-    seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
-    min_tokens: Annotated[int, typer.Option(help="Do not end before so many tokens.")] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Make tokens of prompt and text less likely; 1 is off.")
-    ] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken from logits of the text's tokens.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, once for each time they stand there.")] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None, typer.Option(help="TOKEN_ID=BIAS, added to its logit; any number of times.")
-    ] = None,
-    json_schema: Annotated[Path | None, typer.Option(help="Text that follows the JSON schema in this file.")] = None,
-    regex: Annotated[str, typer.Option(help="Text that follows this regular expression.")] = "",
-    lark: Annotated[Path | None, typer.Option(help="Text that follows the Lark grammar in this file.")] = None,
-    drafts: Annotated[
-        int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: as many as pay.")
-    ] = None,
-    lookup: Annotated[
-        int, typer.Option(help="Draft what followed the last so many tokens before, not with heads; 0 is off.")
-    ] = 0,
-    draft_model: Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")] = "",
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    accept: Accept = "keyed",
+    seed: Seed = 0,
+    stop: Stop = None,
+    min_tokens: MinTokens = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = "",
+    lark: Lark = None,
+    drafts: Drafts = None,
+    lookup: Lookup = 0,
+    draft_model: DraftModel = "",
+    ignore_eos: IgnoreEos = False,
     dtype: Dtype = "",
     device: Device = "auto",
     as_json: Json = False,

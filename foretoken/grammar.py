@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from foretoken.errors import ConfigError
 from foretoken.tokenizer import Tokenizer
+
+# JSON as Python writes it. Free white space, which a schema can ask for in "x-guidance", tempts small models to no end.
+SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar:
@@ -24,7 +28,7 @@ class Grammar:
         from llguidance import LLMatcher, LLTokenizer
 
         readers: dict[str, Callable[[Any], str]] = {
-            "json_schema": LLMatcher.grammar_from_json_schema,
+            "json_schema": functools.partial(LLMatcher.grammar_from_json_schema, defaults=SPACES),
             "regex": LLMatcher.grammar_from_regex,
             "lark": LLMatcher.grammar_from_lark,
         }

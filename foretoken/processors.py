@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foretoken.errors import ConfigError
-
-if TYPE_CHECKING:
-    from foretoken.request import Request
 
 Change = Callable[[Tensor], Tensor]
 
@@ -116,7 +113,14 @@ class Processors:
         return self.counts
 
 
-def changes(requests: Sequence[Request], further: Sequence[Sequence[int]]) -> Change | None:
+class Processed(Protocol):
+    """What is read of a request."""
+
+    ids: list[int]
+    processors: Processors | None
+
+
+def changes(requests: Sequence[Processed], further: Sequence[Sequence[int]]) -> Change | None:
     """What the requests' processors make of logits (B, k, V), the last of them behind ids + further of each request.
 
     None where no request has any. `further` (B): tokens that are not committed yet.

@@ -14,6 +14,7 @@ from foretoken import decode as decoding
 from foretoken.config import ModelConfig
 from foretoken.decode import decode
 from foretoken.draft import Drafter, Proposal
+from foretoken.drafters import Source
 from foretoken.model import Model, Stepper
 from foretoken.request import Request
 from foretoken.sampling import Sampling
@@ -70,6 +71,7 @@ def run(
     max_tokens: int | Sequence[int] = 24,
     seeds: Sequence[int] | None = None,
     end_ids: Sequence[int] = (),
+    source: Source = None,
 ) -> list[Request]:
     """Decode `prompts` as one batch and return the finished requests."""
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -77,7 +79,7 @@ def run(
         Request(list(prompt), limit, seeds[i] if seeds else i, frozenset(end_ids))
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    for _ in decode(model, requests, sampling or Sampling(), drafts):
+    for _ in decode(model, requests, sampling or Sampling(), drafts, source=source):
         pass
     return requests
 

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from foretoken import loss
+from foretoken.drafters import Source
 from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling, pick
@@ -370,7 +371,13 @@ def joint_law(model: Model, prompt: Sequence[int], length: int, sampling: Sampli
 
 
 def sampling_law(
-    model: Model, prompt: Sequence[int], drafts: int, sampling: Sampling, samples: int, length: int | None = None
+    model: Model,
+    prompt: Sequence[int],
+    drafts: int,
+    sampling: Sampling,
+    samples: int,
+    length: int | None = None,
+    source: Source = None,
 ) -> list[Request]:
     """The joint of `length` tokens (K + 2, which crosses a step) over seeds 0, 1, .. is the plain model's."""
     length = drafts + 2 if length is None else length
@@ -378,7 +385,7 @@ def sampling_law(
     requests = []
     for start in range(0, samples, 2500):
         seeds = range(start, min(start + 2500, samples))
-        requests += run(model, [prompt] * len(seeds), drafts, sampling, length, list(seeds))
+        requests += run(model, [prompt] * len(seeds), drafts, sampling, length, list(seeds), source=source)
     V = model.config.vocab_size
     cells = [sum(token * V ** (length - 1 - k) for k, token in enumerate(r.ids)) for r in requests]
     follows(np.bincount(cells, minlength=len(law)), law)

@@ -427,6 +427,16 @@ GENERATE_CASES: dict[str, tuple[Sequence[object], str]] = {
     "max tokens": (["a", "--max-tokens", 0], "max_tokens = 0 must be at least 1"),
     "too many tokens": (["a", "--max-tokens", 100_000], "exceed the model's 256 positions"),
     "too long a prompt": (["a" * 300], "exceed the model's 256 positions"),
+    "logit bias": (["a", "--logit-bias", "9"], "--logit-bias 9: must be TOKEN_ID=BIAS"),
+    "biased token": (["a", "--logit-bias", "9999=1"], "token 9999 is not among the model's"),
+    "penalty": (["a", "--repetition-penalty", 0], "repetition_penalty = 0.0 must be a positive number"),
+    "min tokens": (["a", "--min-tokens", -2], "min_tokens = -2 must be at least 0"),
+    "regex": (["a", "--regex", "[a"], "regex: "),
+    "schema": (["a", "--json-schema", "/none"], "/none: No such file or directory"),
+    "two grammars": (["a", "--regex", "a", "--lark", __file__], "lark: "),
+    "lookup": (["a", "--lookup", -1], "lookup = -1 must be at least 1 token"),
+    "draft model": (["a", "--draft-model", "/none"], "/none"),
+    "accept": (["a", "--accept", "most"], 'accept = "most" must be one of keyed, rejection'),
     "a word for a number": (["a", "--max-tokens", "many"], "valid integer"),
     "surrogate": (["a\udcff"], "lone surrogate"),
     "option": (["a", "--fast"], "No such option"),
@@ -545,9 +555,18 @@ def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Ends.
 
 
+def test_drafts_from_elsewhere_and_grammars(run: Run, model: Path) -> None:
+    plain = run("generate", model, "def add", "--max-tokens", 30, "--drafts", 0, "--json").json
+    for options in (["--lookup", 2], ["--draft-model", model], ["--draft-model", model, "--drafts", 2]):
+        assert run("generate", model, "def add", "--max-tokens", 30, *options, "--json").json["ids"] == plain["ids"]
+    options = ["--logit-bias", "65=100", "--max-tokens", 4, "--json"]
+    assert run("generate", model, "def add", *options).json["text"] == "AAAA"
+    assert run("generate", model, "def add", "--regex", "x=[0-9]{2}", "--json").json["text"][:2] == "x="
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_interrupt_in_generate(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments: object, **options: object) -> object:
         yield completion.TextRequest([1], 5), [1]
         raise KeyboardInterrupt
 

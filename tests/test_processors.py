@@ -1,0 +1,298 @@
+"""Processors change what is picked as their definitions say, at every draft position as in plain decoding."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from invariants import Violation, follows, require, same_output, slow_probabilities, target_logits
+from test_decode import PROMPTS
+
+from foretoken.completion import generate
+from foretoken.decode import decode
+from foretoken.drafters import Lookup, Source
+from foretoken.errors import ConfigError
+from foretoken.grammar import Grammar
+from foretoken.model import Model
+from foretoken.processors import Processing, Processors
+from foretoken.request import Request
+from foretoken.sampling import Sampling
+from foretoken.tokenizer import byte_tokenizer, train_bpe
+
+KINDS = ["parallel", "sequential"]
+END = 3
+PROCESSINGS = {
+    "repetition": Processing(repetition=1.8),
+    "presence": Processing(presence=3.0),
+    "frequency": Processing(frequency=1.5),
+    "negative": Processing(presence=-2.0, frequency=-0.5, repetition=0.7),
+    "bias": Processing(logit_bias={1: 4.0, 5: float("-inf"), 8: -2.5}),
+    "min_tokens": Processing(min_tokens=9),
+    "all": Processing(1.3, 0.5, 0.25, {2: 1.0}, 5),
+}
+GREEDY, SOFT, REJECTION = Sampling(), Sampling(1.0, top_k=8), Sampling(1.0, accept="rejection")
+
+
+def small(kind: str = "parallel", dtype: torch.dtype = torch.float64, **fields: Any) -> Model:
+    return tiny_model(**{"head_kind": kind, "dtype": dtype, "peaked": False, "seed": 2, **fields})
+
+
+def decoded(
+    model: Model,
+    processing: Processing | Sequence[Processing | None],
+    drafts: int,
+    sampling: Sampling,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    source: Source = None,
+    slots: int | None = None,
+    seeds: Sequence[int] | None = None,
+    length: int = 20,
+) -> list[Request]:
+    requests = []
+    for index, prompt in enumerate(prompts):
+        own = processing if isinstance(processing, Processing) else processing[index]
+        request = Request(list(prompt), length, seeds[index] if seeds else index, frozenset([END]))
+        request.processors = None if own is None else Processors(own, prompt, [END])
+        requests.append(request)
+    for _ in decode(model, requests, sampling, drafts, slots, source):
+        pass
+    return requests
+
+
+def slowly(logits: Sequence[float], processing: Processing, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+    """The definition, token by token."""
+    changed = []
+    for token, x in enumerate(logits):
+        if token in ids or token in prompt:
+            x = x / processing.repetition if x > 0 else x * processing.repetition
+        x -= processing.frequency * ids.count(token) + (processing.presence if token in ids else 0)
+        x += processing.logit_bias.get(token, 0.0)
+        if token == END and len(ids) < processing.min_tokens:
+            x = float("-inf")
+        changed.append(x)
+    return changed
+
+
+def picks_follow_the_definition(model: Model, request: Request, processing: Processing) -> None:
+    """Greedy: every token is the best of the changed logits that a full forward gives at its place."""
+    logits = target_logits(model, request).tolist()
+    for k, token in enumerate(request.ids):
+        wanted = slowly(logits[k], processing, request.prompt, request.ids[:k])
+        require(wanted[token] >= max(wanted) - 1e-9, f"token {k} is not the best one")
+
+
+@pytest.mark.parametrize("name", PROCESSINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_picks_follow_the_definition(kind: str, name: str) -> None:
+    model, changed = small(kind), False
+    for drafts in (0, 3):
+        for request in decoded(model, PROCESSINGS[name], drafts, GREEDY):
+            picks_follow_the_definition(model, request, PROCESSINGS[name])
+            if name != "min_tokens":
+                try:
+                    picks_follow_the_definition(model, request, Processing())
+                except Violation:
+                    changed = True
+    assert changed or name == "min_tokens"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SOFT], ids=["greedy", "soft"])
+@pytest.mark.parametrize("name", PROCESSINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_speculative_is_plain(kind: str, name: str, sampling: Sampling) -> None:
+    for dtype, gap in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        model = small(kind, dtype)
+        plain, accepted = decoded(model, PROCESSINGS[name], 0, sampling), 0
+        assert all(request.finish_reason for request in plain)
+        ways = [(k, None, None) for k in (1, 2, 3)] + [(3, None, 2), (3, Lookup(2), None), (2, small(seed=5), 2)]
+        for drafts, source, slots in ways:
+            source = source.to(dtype) if isinstance(source, Model) else source
+            found = decoded(model, PROCESSINGS[name], drafts, sampling, source=source, slots=slots)
+            for a, b in zip(found, plain, strict=True):
+                same_output(a, b, gap)
+                accepted += sum(step.accepted for step in a.steps)
+        assert accepted > 0
+
+
+def test_each_request_has_its_own() -> None:
+    model = small()
+    mixed = [None, PROCESSINGS["all"], PROCESSINGS["bias"], None, PROCESSINGS["repetition"]][: len(PROMPTS)]
+    for sampling in (GREEDY, SOFT):
+        for index, request in enumerate(decoded(model, mixed, 3, sampling, slots=2)):
+            (alone,) = decoded(model, [mixed[index]], 3, sampling, [PROMPTS[index]], seeds=[index])
+            same_output(request, alone)
+
+
+def test_a_penalty_blind_to_drafts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real = small(), Processors.apply
+    plain = decoded(model, PROCESSINGS["frequency"], 0, SOFT, [[3, 1, 4]] * 60)
+    found = decoded(model, PROCESSINGS["frequency"], 3, SOFT, [[3, 1, 4]] * 60)
+    monkeypatch.setattr(Processors, "apply", lambda own, logits, ids, further: real(own, logits, ids, ()))
+    blind = decoded(model, PROCESSINGS["frequency"], 3, SOFT, [[3, 1, 4]] * 60)
+    assert [r.ids for r in found] == [r.ids for r in plain]
+    assert [r.ids for r in blind] != [r.ids for r in plain]
+
+
+def law(model: Model, processing: Processing, prompt: Sequence[int], length: int, sampling: Sampling) -> np.ndarray:
+    """Of all continuations, by enumeration through full forwards."""
+    V = model.config.vocab_size
+    joint = []
+    with torch.no_grad():
+        for sequence in torch.cartesian_prod(*[torch.arange(V)] * length).view(-1, length).tolist():
+            p = 1.0
+            logits = model.logits(model(torch.tensor([[*prompt, *sequence[:-1]]]))[0])[0, len(prompt) - 1 :].tolist()
+            for k, token in enumerate(sequence):
+                p *= slow_probabilities(slowly(logits[k], processing, prompt, sequence[:k]), sampling)[token]
+            joint.append(p)
+    return np.array(joint)
+
+
+@pytest.mark.parametrize("bug", [False, True], ids=["right", "blind"])
+@pytest.mark.parametrize("accept", ["keyed", "rejection"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_law(kind: str, accept: Any, bug: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joint law of three tokens with processors on; and that it sees penalties which forget the drafts."""
+    model, sampling = small(kind, width=8, vocab=5, seed=3), Sampling(1.0, accept=accept)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(25)
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and name != "lm_head.weight":
+                p.mul_(12)
+    processing = Processing(1.5, 0.5, 1.0, {1: 0.7}, 3)
+    probabilities = law(model, processing, [1, 2], 3, sampling)
+    if bug:
+        real = Processors.apply
+        monkeypatch.setattr(Processors, "apply", lambda own, logits, ids, further: real(own, logits, ids, ()))
+    requests = decoded(model, processing, 2, sampling, [[1, 2]] * 3000, seeds=range(3000), length=3)
+    cells = [sum(token * 5 ** (2 - k) for k, token in enumerate(request.ids)) for request in requests]
+    if bug:
+        with pytest.raises(Violation):
+            follows(np.bincount(cells, minlength=125), probabilities)
+    else:
+        follows(np.bincount(cells, minlength=125), probabilities)
+
+
+# Grammars
+
+BYTES = byte_tokenizer()
+TEXT = tiny_model(vocab=260, peaked=False, dtype=torch.float32, layers=2, n_future=4, seed=4)
+SEQUENTIAL = tiny_model(vocab=260, peaked=False, dtype=torch.float32, layers=3, head_kind="sequential", seed=4)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ant", "bee", "élan"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("model", [TEXT, SEQUENTIAL], ids=KINDS)
+def test_json_follows_its_schema(model: Model, temperature: float) -> None:
+    prompts = ["x = ", "", "an insect: "]
+    options: dict[str, Any] = {"json_schema": SCHEMA, "temperature": temperature, "max_tokens": 100}
+    plain, accepted = generate(model, BYTES, prompts, drafts=0, **options), 0
+    for generation in plain:
+        value = json.loads(generation.text)
+        assert set(value) == {"name", "legs"}
+        assert value["name"] in ("ant", "bee", "élan")
+        assert 0 <= value["legs"] <= 99
+        assert generation.finish_reason == "stop"
+    for ways in (
+        {"drafts": 1},
+        {"drafts": 3},
+        {"drafts": 3, "lookup": 2},
+        {"drafts": 2, "draft_model": SEQUENTIAL},
+        {},
+    ):
+        for a, b in zip(generate(model, BYTES, prompts, **options, **ways), plain, strict=True):
+            assert a.ids == b.ids
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+            accepted += sum(step.accepted for step in a.steps)
+    assert accepted > 0
+
+
+GRAMMARS: dict[str, tuple[dict[str, str], Callable[[str], object]]] = {
+    "regex": ({"regex": r"[ab]{3}-[0-9]+;"}, lambda text: re.fullmatch(r"[ab]{3}-[0-9]+;", text)),
+    "lark": ({"lark": 'start: item ("," item)*  "."\nitem: /[a-c]/ | "(" item ")"'}, lambda text: text.endswith(".")),
+    "schema": ({"json_schema": json.dumps(SCHEMA)}, json.loads),
+}
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_grammars(name: str) -> None:
+    tokenizer = train_bpe(["ab-12; aab-3; (a),(b),c. ant bee legs name élan 0 1 2 3 4 5 6 7 8 9"] * 9, 300)
+    model = tiny_model(vocab=tokenizer.vocab_size + 3, peaked=False, dtype=torch.float32, layers=2, seed=4)
+    options, right = GRAMMARS[name]
+    for seed in range(3):
+        plain = generate(model, tokenizer, "a", temperature=1.0, seed=seed, max_tokens=150, drafts=0, **options)  # type: ignore[arg-type]
+        fast = generate(model, tokenizer, "a", temperature=1.0, seed=seed, max_tokens=150, drafts=3, **options)  # type: ignore[arg-type]
+        assert fast.ids == plain.ids
+        assert plain.finish_reason == "length" or right(plain.text)
+        assert max(plain.ids) < tokenizer.vocab_size
+
+
+def test_rejection_follows_a_grammar_too() -> None:
+    for seed in range(20):
+        text = generate(
+            TEXT, BYTES, "q", regex="[abc]{4}|xyz", temperature=1.0, seed=seed, drafts=3, accept="rejection"
+        ).text
+        assert re.fullmatch("[abc]{4}|xyz", text)
+
+
+def test_a_grammar_that_forgets_its_drafts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foretoken.grammar import GrammarMatcher
+
+    real = GrammarMatcher.mask
+    plain = generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=0)
+    monkeypatch.setattr(GrammarMatcher, "mask", lambda own, ids, further: real(own, ids, ()))
+    assert generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3).ids != plain.ids
+
+
+def test_min_tokens_holds_off_every_end() -> None:
+    for drafts in (0, 3):
+        options: dict[str, Any] = {
+            "temperature": 1.0,
+            "max_tokens": 60,
+            "drafts": drafts,
+            "logit_bias": {257: 12.0, 97: 12.0},
+        }
+        assert len(generate(TEXT, BYTES, "x", **options).ids) < 12
+        found = generate(TEXT, BYTES, "x", min_tokens=12, stop="a", **options)
+        assert len(found.ids) >= 12
+        assert 257 not in found.ids[:11]
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0 must be a positive number"),
+    ({"presence_penalty": float("nan")}, "presence_penalty = nan must be a number"),
+    ({"min_tokens": -1}, "min_tokens = -1 must be at least 0"),
+    ({"logit_bias": {260: 1.0}}, "token 260 is not among the model's 260"),
+    ({"logit_bias": {1: float("inf")}}, "logit_bias of token 1 = inf"),
+    ({"regex": "[a"}, "regex: "),
+    ({"lark": "start: nothing"}, "lark: "),
+    ({"json_schema": "{"}, "json_schema: "),
+    ({"json_schema": {"type": "no such type"}}, "json_schema: "),
+    ({"regex": "a", "lark": 'start: "a"'}, "only one of them"),
+]
+
+
+@pytest.mark.parametrize(("options", "part"), MISTAKES, ids=[part[:20] for _, part in MISTAKES])
+def test_mistakes(options: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        generate(TEXT, BYTES, "x", **options)
+    assert part in str(error.value)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        Grammar(BYTES, "regex", "a")
+    assert str(error.value) == "regex: a grammar needs pip install 'foretoken[grammar]'"
