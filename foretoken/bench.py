@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foretoken.completion import Generation, Options, generate
+from foretoken.completion import Generation, Options, begin, finished
 from foretoken.display import Display
 from foretoken.model import Model
+from foretoken.sampling import Accept
 from foretoken.tokenizer import Tokenizer
 
 PROMPT_BYTES = 128
@@ -18,8 +19,25 @@ SAMPLED_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
+class Way:
+    """How drafts are made and accepted: see `Options`."""
+
+    drafts: int | None
+    accept: Accept = "keyed"
+
+    @property
+    def name(self) -> str:
+        """In words, such as "3 drafts, rejection"."""
+        how = "as many drafts as pay" if self.drafts is None else f"{self.drafts} drafts"
+        return how if self.accept == "keyed" else f"{how}, {self.accept}"
+
+
+PLAIN = Way(0)
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The same prompts decoded plainly and self-speculatively, with the seconds each took."""
+    """The same prompts decoded plainly and with drafts, with the seconds that what followed the first token took."""
 
     temperature: float
     plain: list[Generation]
@@ -39,19 +57,21 @@ class Comparison:
         return [sum(step.accepted > k for step in steps) / len(steps) for k in range(most)]
 
     def figures(self) -> dict[str, Any]:
-        """Tokens per step, step cost, speedup and what they rest on; times are of whole requests, prefill included."""
+        """Tokens per step, step cost, speedup and what they rest on; the prompt's reading is in no time."""
         steps = sum(len(g.steps) for g in self.drafted)
         plain_steps = sum(len(g.steps) for g in self.plain)
         plain, drafted = sum(self.plain_seconds), sum(self.drafted_seconds)
         ratios = sorted(a / b for a, b in zip(self.plain_seconds, self.drafted_seconds, strict=True))
+        taken = [step for g in self.drafted for step in g.steps]
         return {
-            "tokens_per_step": sum(s.committed for g in self.drafted for s in g.steps) / max(1, steps),
+            "tokens_per_step": sum(step.committed for step in taken) / max(1, steps),
+            "drafts_per_step": sum(len(step.drafted) for step in taken) / max(1, steps),
             "step_cost": (drafted / max(1, steps)) / (plain / max(1, plain_steps)),
             "speedup": plain / drafted,
             "speedup_range": [ratios[0], statistics.median(ratios), ratios[-1]],
             "milliseconds_per_token": {
-                "plain": 1e3 * plain / sum(len(g.ids) for g in self.plain),
-                "self_speculative": 1e3 * drafted / sum(len(g.ids) for g in self.drafted),
+                "plain": 1e3 * plain / max(1, sum(len(g.ids) - 1 for g in self.plain)),
+                "self_speculative": 1e3 * drafted / max(1, sum(len(g.ids) - 1 for g in self.drafted)),
             },
             "accepted_by_position": self.accepted_by_position(),
             "outputs_equal": self.outputs_equal,
@@ -67,27 +87,37 @@ def compare(
     max_tokens: int,
     seed: int,
     display: Display,
-    drafts: Sequence[int],
-) -> dict[int, Comparison]:
-    """Decode every prompt plainly and with each number of drafts, in turn, so that all meet the same machine."""
-    runs: dict[int, tuple[list[Generation], list[float]]] = {k: ([], []) for k in dict.fromkeys((0, *drafts))}
-    for k in runs:  # warm up
-        generate(model, tokenizer, prompts[0], max_tokens=16, temperature=temperature, drafts=k)
+    ways: Sequence[Way],
+) -> dict[Way, Comparison]:
+    """Decode every prompt plainly and in each way, in turn, so that all meet the same machine."""
+    runs: dict[Way, tuple[list[Generation], list[float]]] = {way: ([], []) for way in dict.fromkeys((PLAIN, *ways))}
+    for way in runs:  # warm up
+        _timed(model, tokenizer, prompts[0], {"max_tokens": 16, "temperature": temperature}, way)
     for index, prompt in enumerate(prompts):
-        for k, (generations, seconds) in runs.items():
-            began = time.perf_counter()
+        for way, (generations, seconds) in runs.items():
             options: Options = {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
                 "seed": seed + index,
-                "drafts": k,
                 "ignore_eos": True,
             }
-            generations.append(generate(model, tokenizer, prompt, **options))
-            seconds.append(time.perf_counter() - began)
+            generation, took = _timed(model, tokenizer, prompt, options, way)
+            generations.append(generation)
+            seconds.append(took)
         last = index + 1 == len(prompts)
         display.progress(f"Decoding held-out prompts at temperature {temperature:g}: {index + 1}/{len(prompts)}", last)
-    return {k: Comparison(temperature, runs[0][0], runs[k][0], runs[0][1], runs[k][1]) for k in drafts}
+    return {way: Comparison(temperature, runs[PLAIN][0], runs[way][0], runs[PLAIN][1], runs[way][1]) for way in ways}
+
+
+def _timed(model: Model, tokenizer: Tokenizer, prompt: str, options: Options, way: Way) -> tuple[Generation, float]:
+    """A generation, and the seconds that what followed its first token took."""
+    requests, loop = begin(model, tokenizer, [prompt], {**options, "drafts": way.drafts, "accept": way.accept})
+    next(loop)
+    began = time.perf_counter()
+    for _ in loop:
+        pass
+    seconds = time.perf_counter() - began
+    return finished(prompt, requests[0]), seconds
 
 
 def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:

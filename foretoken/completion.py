@@ -147,13 +147,10 @@ def generate(
     Raises ConfigError for options, or a prompt, that the model cannot run.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    requests, sampling, drafts, source = _requests(model, tokenizer, prompts, options)
-    size = options.get("batch_size", 16)
-    if size < 1:
-        raise ConfigError(f"batch_size = {size} must be at least 1")
-    for _ in decode(model, requests, sampling, drafts, size, source):
+    requests, loop = begin(model, tokenizer, prompts, options)
+    for _ in loop:
         pass
-    done = [_generation(*pair) for pair in zip(prompts, requests, strict=True)]
+    done = [finished(*pair) for pair in zip(prompts, requests, strict=True)]
     return done[0] if isinstance(prompt, str) else done
 
 
@@ -164,10 +161,10 @@ def stream(
 
     The pieces joined are the Generation's text. A piece may hold several tokens.
     """
-    requests, sampling, drafts, source = _requests(model, tokenizer, [prompt], options)
-    for _ in decode(model, requests, sampling, drafts, source=source):
+    requests, loop = begin(model, tokenizer, [prompt], options)
+    for _ in loop:
         done = requests[0].finish_reason is not None
-        yield requests[0].release(), _generation(prompt, requests[0]) if done else None
+        yield requests[0].release(), finished(prompt, requests[0]) if done else None
 
 
 def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
@@ -178,9 +175,13 @@ def token_pieces(tokenizer: Tokenizer, generation: Generation) -> list[str]:
     return pieces
 
 
-def _requests(
+def begin(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
-) -> tuple[list[TextRequest], Sampling, int | None, Source]:
+) -> tuple[list[TextRequest], Iterator[tuple[Request, list[int]]]]:
+    """The requests of prompts, and the decode loop that runs them: see `decode` for what it yields.
+
+    For those who time the loop or look at it on its way; `finished` makes a Generation of a request that has ended.
+    """
     sampling = Sampling(
         options.get("temperature", 0.0),
         options.get("top_k", 0),
@@ -188,6 +189,9 @@ def _requests(
         options.get("min_p", 0.0),
         options.get("accept", "keyed"),
     )
+    size = options.get("batch_size", 16)
+    if size < 1:
+        raise ConfigError(f"batch_size = {size} must be at least 1")
     max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if max_tokens < 1:
@@ -211,7 +215,7 @@ def _requests(
     _process(model, tokenizer, requests, options)
     drafts, source = options.get("drafts"), _source(options)
     check_requests(model, requests, drafts, source)
-    return requests, sampling, drafts, source
+    return requests, decode(model, requests, sampling, drafts, size, source)
 
 
 def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest], options: Options) -> None:
@@ -242,7 +246,8 @@ def _source(options: Options) -> Source:
     return Lookup(lookup) if lookup else model
 
 
-def _generation(prompt: str, request: TextRequest) -> Generation:
+def finished(prompt: str, request: TextRequest) -> Generation:
+    """What a request that has ended gave."""
     assert request.finish_reason is not None
     if request.read < len(request.ids):
         request.read_on()

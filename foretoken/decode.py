@@ -27,6 +27,8 @@ from foretoken.processors import changes
 from foretoken.request import Request, Step
 from foretoken.sampling import Keys, Sampling
 
+CHOOSE_EVERY = 4  # steps, where their number of drafts is not given
+
 
 def decode(
     model: Model,
@@ -88,6 +90,7 @@ class Batch:
     ) -> None:
         self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
         self.pace: Pace | None = None
+        self.count = 0  # steps
         if drafts is None:
             self.pace = step_pace(self.stepper, rows, source)
             drafts = len(self.pace.costs) - 1
@@ -128,7 +131,8 @@ class Batch:
             for request, draft in zip(self.requests, self.drafted, strict=True)
         ]
         keys = self.ahead or self.keys(self.requests, len(tokens[0]))
-        if self.pace is not None and self.drafter.drafts:
+        self.count += 1
+        if self.pace is not None and self.drafter.drafts and self.count % CHOOSE_EVERY == 0:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
             self.drafter.drafts = self.pace.choose(self.drafter.most())
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys)

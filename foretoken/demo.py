@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Comparison, compare, held_out_prompts
+from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Comparison, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.completion import token_pieces
 from foretoken.config import Recipe
@@ -69,7 +69,7 @@ def run_demo(
     scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
     prompts = held_out_prompts([document.text for document in documents], prompt_count)
     greedy, sampled = (
-        compare(model, tokenizer, prompts, temperature, max_tokens, seed, display, (drafts,))[drafts]
+        compare(model, tokenizer, prompts, temperature, max_tokens, seed, display, (Way(drafts),))[Way(drafts)]
         for temperature in (0.0, SAMPLED_TEMPERATURE)
     )
     _show(display, tokenizer, greedy, sampled, n_future)

@@ -31,7 +31,7 @@ using std::uint64_t;
 
 // A tile of a product keeps OUTS x ROWS vectors of sums in registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, OUTS = 4, ROWS = 4;
+constexpr int LANES = 16, OUTS = 4, ROWS = 6;
 #elif defined(__AVX__)
 constexpr int LANES = 8, OUTS = 4, ROWS = 2;
 #else
@@ -249,6 +249,10 @@ inline void tiles(const W* const* w, int64_t n, const A* x, int64_t ldx, int row
 #if !defined(__AVX__) || defined(__AVX512F__)
         case 3: return tile<3>(w, n, x, ldx, out);
         case 4: return tile<4>(w, n, x, ldx, out);
+#endif
+#if defined(__AVX512F__)
+        case 5: return tile<5>(w, n, x, ldx, out);
+        case 6: return tile<6>(w, n, x, ldx, out);
 #endif
     }
 }
@@ -606,6 +610,10 @@ class Runner {
 #if !defined(__AVX__) || defined(__AVX512F__)
             case 3: return mix_rows<3>(weights, room, slots, values, y);
             case 4: return mix_rows<4>(weights, room, slots, values, y);
+#endif
+#if defined(__AVX512F__)
+            case 5: return mix_rows<5>(weights, room, slots, values, y);
+            case 6: return mix_rows<6>(weights, room, slots, values, y);
 #endif
         }
     }

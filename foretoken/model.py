@@ -135,6 +135,10 @@ class Model(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def use_stepper(self, stepper: Stepper) -> None:
+        """Decode by this form, such as one that is not compiled, until the weights move."""
+        self._stepper = stepper
+
     def stepper(self) -> Stepper:
         """The form of this model that decodes with a cache, made on first use and whenever the weights have moved."""
         if self._stepper is None or not self._stepper.current(self):

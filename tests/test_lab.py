@@ -24,7 +24,7 @@ def stored() -> dict[str, object]:
 
 def test_docs_hold_the_table_of_the_stored_result() -> None:
     page = (ROOT / "docs" / "head-kinds.md").read_text(encoding="utf-8")
-    assert head_kinds.table(stored()) in page
+    assert head_kinds.tables(stored()) in page
 
 
 def test_head_kinds_runs_and_resumes(
@@ -54,11 +54,16 @@ def test_head_kinds_runs_and_resumes(
             result = head_kinds.report(out, [0.01], [0, 1], display)
     arms = result["budgets"]["0.01"]
     assert {arm: sorted(values["seeds"]) for arm, values in arms.items()} == {arm: [0, 1] for arm in head_kinds.ARMS}
-    assert set(arms["sequential"]["sampled"]) == {"3", "4", "5", "best"}
     assert set(arms["sequential"]["along_text"]) == {"3", "4", "5"}
-    assert all(arms["sequential"]["greedy"][k]["outputs_equal"] for k in "345")
-    rows = head_kinds.table(result).splitlines()
-    assert len(rows) == 2 + 1 + 1 + 3
-    assert len({row.count("|") for row in rows}) == 1
+    keyed = {"3 drafts", "4 drafts", "5 drafts", "as many drafts as pay"}
+    for mode in ("compiled", "pytorch"):
+        values = arms["sequential"][mode]
+        assert set(values["greedy"]) == {*keyed, "best"}
+        assert set(values["sampled"]) == {*keyed, *(f"{k} drafts, rejection" for k in (3, 4, 5)), "best"}
+        assert all(values[name][way]["outputs_equal"] for name in ("greedy", "sampled") for way in keyed)
+    learnt, decoded = (table.splitlines() for table in head_kinds.tables(result).split("\n\n"))
+    assert len(learnt) == 2 + 3
+    assert len(decoded) == 2 + 2 * (3 + 7)
+    assert all(len({row.count("|") for row in rows}) == 1 for rows in (learnt, decoded))
     assert "Measuring" in capsys.readouterr().err
     assert set(arms["parallel"]) == set(stored()["budgets"]["3"]["parallel"])  # type: ignore[index]

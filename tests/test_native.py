@@ -62,7 +62,7 @@ def native(model: Model) -> Native:
 def twin(model: Model) -> Model:
     """The same weights, decoded by PyTorch alone."""
     model = copy.deepcopy(model)
-    model._stepper = Stepper(model, compiled=False)
+    model.use_stepper(Stepper(model, compiled=False))
     return model
 
 

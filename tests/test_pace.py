@@ -38,7 +38,7 @@ def test_the_best_expected_speed_is_taken() -> None:
 
 
 def test_drafts_that_are_refused_stop() -> None:
-    for steps in (20, 200):
+    for steps in (60, 200):
         assert after(CHEAP, 0, steps).choose(3) == 0
         assert after(CHEAP, 3, steps).choose(3) == 3
         assert after(DEAR, 3, steps).choose(3) == 0  # all are right, and still do not pay
@@ -56,6 +56,28 @@ def test_what_has_not_paid_is_tried_again_now_and_then() -> None:
     assert pace.choose(3) > 0
 
 
+def test_one_text_does_not_speak_for_the_next() -> None:
+    """A text that refuses drafts stops them for itself; the next begins with what all of them gave."""
+    pace = after([1.0, 1.3, 1.6, 1.9], 3, 400)
+    for _ in range(100):
+        pace.record([3], [0])
+    assert pace.choose(3) == 0
+    assert pace.begin(3) == 3
+    for _ in range(2000):
+        pace.record([3], [0])
+    assert pace.begin(3) == 0
+
+
+def test_bad_luck_stops_no_heads() -> None:
+    """Nor do three refusals in a row where half of the drafts are right."""
+    pace = Pace([1.0, 1.3])
+    for step in range(100):
+        pace.record([1], [step % 2])
+    for _ in range(3):
+        pace.record([1], [0])
+    assert pace.choose(1) == 1
+
+
 def test_small_promises_change_nothing() -> None:
     pace = after([1.0, 1.0, 1.0, 1.0], 3)
     assert pace.choose(3) == 3
@@ -68,7 +90,7 @@ def test_small_promises_change_nothing() -> None:
 def test_costs_never_fall() -> None:
     seen = []
     costs = measured_costs([lambda k=k: seen.append(k) for k in range(3)], rounds=2)
-    assert seen == [0, 1, 2] * 3
+    assert seen == [0, 1, 2, 0, 1, 2, *[0] * 20, *[1] * 20, *[2] * 20]  # short ones some times in a row
     assert costs == sorted(costs)
     assert all(cost > 0 for cost in costs)
 

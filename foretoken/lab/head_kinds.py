@@ -5,7 +5,8 @@
 1. probe: a few steps of each arm, one after the other in rounds, so that all meet the same machine. Their median gives
    the steps that fit into the minutes; an arm whose steps cost more takes fewer.
 2. train: the shipped recipe `demo`, an arm, a seed and a number of steps at a time. Finished runs are kept.
-3. report, first part: held-out files scored by every head; held-out prompts continued plainly and with drafts, K by K.
+3. report, first part: held-out files scored by every head; held-out prompts continued plainly and in each of WAYS, with
+   compiled steps and with steps in PyTorch.
 4. report, second part: writes one JSON of all figures and prints the table in the docs.
 """
 
@@ -22,14 +23,14 @@ from typing import Any
 
 import torch
 
-from foretoken.bench import SAMPLED_TEMPERATURE, compare, held_out_prompts
+from foretoken.bench import SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import Recipe
 from foretoken.display import Display
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import read_json, write_json
 from foretoken.metrics import Record
-from foretoken.model import Model
+from foretoken.model import Model, Stepper
 from foretoken.recipe import load_recipe
 from foretoken.train import train
 
@@ -38,7 +39,14 @@ ARMS = {
     "parallel": ("model.n_future=4", "model.head_kind=parallel"),
     "sequential": ("model.n_future=4", "model.head_kind=sequential"),
 }
-DRAFTS = {"one": (), "parallel": (3,), "sequential": (3, 4, 5)}
+# How drafts are made and accepted; None is as many as pay. Greedy decoding knows no difference between the rules.
+WAYS = {
+    "one": (),
+    "parallel": (Way(3), Way(3, "rejection"), Way(None)),
+    "sequential": (*(Way(k) for k in (3, 4, 5)), *(Way(k, "rejection") for k in (3, 4, 5)), Way(None)),
+}
+# How steps run: in C++ with weights in bfloat16, and in PyTorch in float32, launched operation by operation.
+MODES = {"compiled": "bfloat16", "pytorch": "float32"}
 PROBE_ROUNDS, PROBE_STEPS = 4, 15
 SCORED_BYTES, PROMPTS, MAX_TOKENS = 100_000, 12, 200
 RESULT = "head_kinds.json"
@@ -118,26 +126,33 @@ def measure(folder: Path, arm: str, display: Display) -> dict[str, Any]:
     random.Random(0).shuffle(documents)
     scored = evaluate(model, documents, tokenizer, max_bytes=SCORED_BYTES).to_json()
     along = {model.config.n_future - 1: scored["predicted_tokens_per_step"]}
-    for drafts in DRAFTS[arm]:
+    for drafts in {way.drafts for way in WAYS[arm] if way.drafts is not None}:
         if drafts not in along:
             deeper = evaluate(unrolled(model, drafts + 1), documents, tokenizer, max_bytes=SCORED_BYTES)
             along[drafts] = deeper.predicted_tokens_per_step
     prompts = held_out_prompts([document.text for document in documents], PROMPTS)
-    decoded: dict[str, Any] = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", SAMPLED_TEMPERATURE)):
-        if DRAFTS[arm]:
-            found = compare(model, tokenizer, prompts, temperature, MAX_TOKENS, 0, display, DRAFTS[arm])
-            decoded[name] = {str(k): comparison.figures() for k, comparison in found.items()}
+    decoded = {mode: _decode(folder, mode, arm, prompts, display) for mode in MODES} if WAYS[arm] else {}
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = {
         "bits_per_byte": scored["heads"][0]["bits_per_byte"],
         "heads": scored["heads"],
         "along_text": {str(k): value for k, value in along.items()},
         "steps": max(record["step"] for record in steps),
-        **decoded,
+        "decoded": decoded,
     }
     write_json(path, result)
     return result
+
+
+def _decode(folder: Path, mode: str, arm: str, prompts: Sequence[str], display: Display) -> dict[str, Any]:
+    model, tokenizer = load_checkpoint(folder, MODES[mode])
+    model.use_stepper(Stepper(model, compiled=mode == "compiled"))
+    decoded = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", SAMPLED_TEMPERATURE)):
+        ways = [way for way in WAYS[arm] if temperature > 0 or way.accept == "keyed"]
+        found = compare(model, tokenizer, prompts, temperature, MAX_TOKENS, 0, display, ways)
+        decoded[name] = {way.name: comparison.figures() for way, comparison in found.items()}
+    return decoded
 
 
 def unrolled(model: Model, n: int) -> Model:
@@ -163,16 +178,14 @@ def report(out: Path, minutes: Sequence[float], seeds: Sequence[int], display: D
             values["along_text"] = {
                 k: _spread([run["along_text"][k] for run in measured]) for k in measured[0]["along_text"]
             }
-            for name in ("greedy", "sampled"):
-                values[name] = {str(k): _decoded([run[name][str(k)] for run in measured]) for k in DRAFTS[arm]}
-                if DRAFTS[arm]:
-                    best = max(DRAFTS[arm], key=lambda k: values[name][str(k)]["speedup"]["mean"])
-                    values[name]["best"] = {"drafts": best, **values[name][str(best)]}
+            for mode in MODES if WAYS[arm] else ():
+                values[mode] = _merged([run["decoded"][mode] for run in measured])
     probed = read_json(out / "probe.json")
     return {
         "command": f"python -m foretoken.lab.head_kinds all --minutes {' '.join(f'{m:g}' for m in minutes)} "
         f"--seeds {' '.join(map(str, seeds))}",
         "machine": probed["machine"],
+        "decoded_on": machine(),
         "seconds_per_step": probed["seconds_per_step"],
         "seeds": list(seeds),
         "temperature": SAMPLED_TEMPERATURE,
@@ -183,14 +196,25 @@ def report(out: Path, minutes: Sequence[float], seeds: Sequence[int], display: D
     }
 
 
-FIGURES = ("tokens_per_step", "step_cost", "speedup", "distinct_8grams")
+FIGURES = ("tokens_per_step", "drafts_per_step", "step_cost", "speedup", "distinct_8grams")
+
+
+def _merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One mode's figures over the seeds; also which way was fastest, and at what figures."""
+    merged: dict[str, Any] = {}
+    for name in ("greedy", "sampled"):
+        ways = {way: _decoded([run[name][way] for run in runs]) for way in runs[0][name]}
+        best = max(ways, key=lambda way: ways[way]["speedup"]["mean"])
+        merged[name] = {**ways, "best": {"way": best, **ways[best]}}
+    return merged
 
 
 def _decoded(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    positions = zip(*(f["accepted_by_position"] for f in figures), strict=True)
     return {
         **{name: _spread([f[name] for f in figures]) for name in FIGURES},
-        "accepted_by_position": [statistics.mean(values) for values in positions],
+        "milliseconds_per_token": {
+            key: _spread([f["milliseconds_per_token"][key] for f in figures]) for key in ("plain", "self_speculative")
+        },
         "outputs_equal": all(f["outputs_equal"] for f in figures),
     }
 
@@ -199,34 +223,45 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "values": list(values)}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: means over the seeds, lowest and highest in brackets."""
+def tables(result: dict[str, Any]) -> str:
+    """The result as Markdown, what was learnt and then how it decodes: means over the seeds, and their range."""
+    learnt = [("minutes", "heads", "seeds", "steps", "bits per byte of head 1", "tokens per step along text, by K")]
     columns = (
-        "minutes", "heads", "seeds", "steps", "bits per byte", "K", "tokens per step, greedy (distinct 8-grams)",
-        "T = 0.8", "along text", "step cost, T = 0.8", "speedup, greedy", "T = 0.8", "all equal",
+        "minutes", "heads", "steps run", "drafts", "tokens per step, greedy (distinct 8-grams)", "T = 0.8",
+        "step cost, T = 0.8", "ms per token, T = 0.8: plain, with drafts", "speedup, greedy", "T = 0.8", "equal",
     )  # fmt: skip
-    rows = [columns, ("---",) * len(columns)]
+    decoded = [columns]
     for minutes, arms in result["budgets"].items():
         for arm, values in arms.items():
-            first = (minutes, arm, str(len(values["seeds"])), str(values["steps"]), _shown(values["bits_per_byte"]))
-            if not DRAFTS[arm]:
-                rows.append((*first, "0", *[""] * 7))
-            for k in map(str, DRAFTS[arm]):
-                greedy, sampled = values["greedy"][k], values["sampled"][k]
-                rows.append(
-                    (
-                        *first,
-                        k,
-                        f"{_shown(greedy['tokens_per_step'])} ({greedy['distinct_8grams']['mean']:.2f})",
-                        _shown(sampled["tokens_per_step"]),
-                        _shown(values["along_text"][k]),
-                        _shown(sampled["step_cost"]),
-                        _shown(greedy["speedup"]),
-                        _shown(sampled["speedup"]),
-                        "yes" if greedy["outputs_equal"] and sampled["outputs_equal"] else "NO",
-                    )
-                )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            along = "; ".join(f"{k}: {_shown(value)}" for k, value in values["along_text"].items() if int(k))
+            learnt.append(
+                (minutes, arm, str(len(values["seeds"])), str(values["steps"]), _shown(values["bits_per_byte"]), along)
+            )
+            for mode in MODES if WAYS[arm] else ():
+                decoded += [_row(minutes, arm, mode, way.name, values[mode]) for way in WAYS[arm]]
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:]))
+        for rows in (learnt, decoded)
+    )
+
+
+def _row(minutes: str, arm: str, mode: str, way: str, values: dict[str, Any]) -> tuple[str, ...]:
+    greedy, sampled = values["greedy"].get(way), values["sampled"][way]
+    ms = sampled["milliseconds_per_token"]
+    equal = sampled["outputs_equal"] and (greedy is None or greedy["outputs_equal"])
+    return (
+        minutes,
+        arm,
+        mode,
+        way,
+        f"{_shown(greedy['tokens_per_step'])} ({greedy['distinct_8grams']['mean']:.2f})" if greedy else "",
+        _shown(sampled["tokens_per_step"]),
+        _shown(sampled["step_cost"]),
+        f"{ms['plain']['mean']:.3f}, {ms['self_speculative']['mean']:.3f}",
+        _shown(greedy["speedup"]) if greedy else "",
+        _shown(sampled["speedup"]),
+        "in law" if "rejection" in way else "yes" if equal else "NO",
+    )
 
 
 def _shown(spread: dict[str, Any]) -> str:
@@ -251,7 +286,7 @@ def main() -> None:
         if options.stage in ("report", "all"):
             result = report(options.out, options.minutes, options.seeds, display)
             write_json(options.out / RESULT, result)
-            print(table(result))
+            print(tables(result))
 
 
 if __name__ == "__main__":

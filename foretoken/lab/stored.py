@@ -11,10 +11,10 @@ def other_kind(kind: str) -> str:
     stored = json.loads((resources.files("foretoken.lab") / "head_kinds.json").read_text(encoding="utf-8"))
     other = "sequential" if kind == "parallel" else "parallel"
     minutes = min(stored["budgets"], key=float)
-    best = stored["budgets"][minutes][other]["sampled"]["best"]
+    best = stored["budgets"][minutes][other]["compiled"]["sampled"]["best"]
     return (
         f"The other kind: in the stored comparison ({minutes} minutes of training, {len(stored['seeds'])} seeds) "
         f"{other} heads gave {best['tokens_per_step']['mean']:.2f} tokens per step at temperature "
-        f"{stored['temperature']:g} with {best['drafts']} drafts, {best['speedup']['mean']:.2f}x as fast as plain "
+        f"{stored['temperature']:g} with {best['way']}, {best['speedup']['mean']:.2f}x as fast as plain "
         f"decoding. Try it: foretoken demo --head-kind {other}"
     )
