@@ -93,7 +93,7 @@ def bench(
     rows = []
     main = [p for n, p in model.named_parameters() if hf.main_name(n, model.config)]
     for work in works:
-        runs = list(decoders(model, folder, work, drafts, peers))
+        runs = list(decoders(model, folder, work, drafts, peers, meaningful))
         found: list[list[Timing]] = [[] for _ in runs]
         for number in range(rounds + 1):  # the first warms up
             for index, (label, k, run) in enumerate(runs):
@@ -117,6 +117,8 @@ def bench(
                 "drafts": k,
                 **_figures(timings, plain, meaningful or k == 0),
             }
+            if "rejection" in label:  # another sample of the same law
+                row["differing"] = row["margin"] = None
             weight_bytes = sum(p.numel() * p.element_size() for p in main)
             row["fraction_of_bound"] = weight_bytes / gb_s / 1e6 / row["ms_per_step"]
             rows.append(row)
@@ -139,6 +141,8 @@ def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: boo
         "tokens_per_step": None,
         "ms_per_token": None,
         "speedup": None,
+        "differing": None,
+        "margin": None,
     }
     if meaningful:
         result["tokens_per_step"] = (
@@ -259,7 +263,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         figures = ("step_cost", "tokens_per_step", "ms_per_token", "speedup", "fraction_of_bound", "differing")
         shown = ["" if row.get(name) is None else f"{row[name]:.2f}" for name in figures]
         where = (row["model"], row["domain"], f"{row['temperature']:g}", str(row["batch"]))
-        lines.append((*where, row["decoder"], str(row["drafts"]), time_of_step, *shown))
+        lines.append((*where, row["decoder"], "" if row["drafts"] is None else str(row["drafts"]), time_of_step, *shown))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from foretoken.decode import decode
+from foretoken.drafters import Lookup, Source
 from foretoken.formats.gguf import MODEL, export_gguf
 from foretoken.model import Model
 from foretoken.request import Request
@@ -63,7 +64,9 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def foretoken_decoder(model: Model, work: Workload, drafts: int, accept: Accept) -> Run:
+def foretoken_decoder(
+    model: Model, work: Workload, drafts: int | None, accept: Accept = "keyed", source: Source = None
+) -> Run:
     """Our own decoding."""
 
     def run() -> Timing:
@@ -71,7 +74,7 @@ def foretoken_decoder(model: Model, work: Workload, drafts: int, accept: Accept)
         for prompts in work.batches():
             requests = [Request(list(prompt), work.tokens, seed) for seed, prompt in enumerate(prompts)]
             began = 0.0
-            for _ in decode(model, requests, Sampling(work.temperature, accept=accept), drafts):
+            for _ in decode(model, requests, Sampling(work.temperature, accept=accept), drafts, source=source):
                 if not began and requests[-1].ids:
                     began = time.perf_counter()  # the last prompt has been read
             seconds += time.perf_counter() - began
@@ -147,17 +150,21 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
 
 
 def decoders(
-    model: Model, folder: Path, work: Workload, drafts: Sequence[int], peers: bool
-) -> Iterator[tuple[str, int, Run]]:
-    """(name, drafts, decoder) of all that is compared; peers that are not installed, or cannot run it, are left out."""
-    yield "foretoken", 0, foretoken_decoder(model, work, 0, "keyed")
+    model: Model, folder: Path, work: Workload, drafts: Sequence[int], peers: bool, own_text: bool
+) -> Iterator[tuple[str, int | None, Run]]:
+    """(name, drafts, decoder) of all that is compared; peers that are not installed, or cannot run it, are left out.
+
+    own_text: whether the model's text means anything, so that it says how many drafts pay.
+    """
+    yield "foretoken", 0, foretoken_decoder(model, work, 0)
     for k in drafts:
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
-            yield (
-                f"foretoken, {accept}" if work.temperature > 0 else "foretoken",
-                k,
-                foretoken_decoder(model, work, k, accept),
-            )
+            name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
+            yield name, k, foretoken_decoder(model, work, k, accept)
+    if model.config.n_future > 1 and own_text:
+        yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
+    if own_text:
+        yield "foretoken, lookup", None, foretoken_decoder(model, work, None, source=Lookup())
     if not peers or work.temperature > 0:
         return
     installed, dtype = versions(), model.dtype

@@ -230,7 +230,7 @@ def tables(result: dict[str, Any]) -> str:
         "minutes", "heads", "steps run", "drafts", "tokens per step, greedy (distinct 8-grams)", "T = 0.8",
         "step cost, T = 0.8", "ms per token, T = 0.8: plain, with drafts", "speedup, greedy", "T = 0.8", "equal",
     )  # fmt: skip
-    decoded = [columns]
+    decoded: list[tuple[str, ...]] = [columns]
     for minutes, arms in result["budgets"].items():
         for arm, values in arms.items():
             along = "; ".join(f"{k}: {_shown(value)}" for k, value in values["along_text"].items() if int(k))
