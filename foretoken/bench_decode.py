@@ -263,7 +263,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         figures = ("step_cost", "tokens_per_step", "ms_per_token", "speedup", "fraction_of_bound", "differing")
         shown = ["" if row.get(name) is None else f"{row[name]:.2f}" for name in figures]
         where = (row["model"], row["domain"], f"{row['temperature']:g}", str(row["batch"]))
-        lines.append((*where, row["decoder"], "" if row["drafts"] is None else str(row["drafts"]), time_of_step, *shown))
+        lines.append(
+            (*where, row["decoder"], "" if row["drafts"] is None else str(row["drafts"]), time_of_step, *shown)
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -32,8 +32,8 @@ def demo(
     n_future: Annotated[int, typer.Option(help="Tokens predicted at each position; 1 is an ordinary model.")] = 4,
     head_kind: Annotated[
         str, typer.Option(help="parallel: a head per token; sequential: one that drafts on.")
-    ] = "parallel",
-    drafts: Annotated[int | None, typer.Option(help="Drafts per step. Default: n-future - 1.")] = None,
+    ] = "sequential",
+    drafts: Annotated[int | None, typer.Option(help="Drafts per step. Default: as many as pay.")] = None,
     width: Annotated[int, typer.Option(help="Width of the model (hidden_size), a multiple of 64.")] = 128,
     layers: Annotated[int, typer.Option(help="Blocks of the next-token path (num_hidden_layers).")] = 8,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to decode.")] = 24,

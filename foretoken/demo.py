@@ -2,7 +2,7 @@
 
 1. The Python standard library of the running interpreter is the corpus, split by file.
 2. A few steps are timed, so that training takes the minutes asked for; then the shipped recipe `demo` is trained.
-3. Held-out files are scored, and continued plainly and self-speculatively, prompt by prompt, in float32.
+3. Held-out files are scored, and continued plainly and self-speculatively, prompt by prompt.
 4. Text, figures and plots are written beside the checkpoint.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from foretoken import optim
 from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Comparison, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.completion import token_pieces
@@ -28,6 +29,8 @@ from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import write_json
 from foretoken.lab.stored import other_kind
 from foretoken.metrics import Record
+from foretoken.model import Model
+from foretoken.native import library
 from foretoken.recipe import load_recipe
 from foretoken.report import write_report
 from foretoken.tokenizer import Tokenizer
@@ -45,7 +48,7 @@ def run_demo(
     width: int,
     layers: int,
     *,
-    head_kind: str = "parallel",
+    head_kind: str = "sequential",
     drafts: int | None = None,
     prompt_count: int = 24,
     max_tokens: int = 200,
@@ -56,18 +59,15 @@ def run_demo(
     Raises ConfigError for a shape that cannot be and KeyboardInterrupt when training was stopped (it is saved).
     """
     recipe = _recipe(n_future, width, layers, seed, head_kind)
-    drafts = _drafts(drafts, head_kind, n_future)
+    _check_drafts(drafts, head_kind, n_future)
     _check(recipe, minutes, prompt_count, max_tokens)
     _clear(out, display)
 
     trained, records = _train(display, out, recipe, minutes)
-    model, tokenizer = load_checkpoint(out, "float32")
-    documents = list(evaluation_documents(out))
-    random.Random(0).shuffle(documents)  # in order, the first bytes would be those of a few neighbouring files
-    display.say("Scoring held-out files ...")
-    progress = display.count("held-out bytes scored")
-    scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
-    prompts = held_out_prompts([document.text for document in documents], prompt_count)
+    dtype, compiled = _decoding()
+    model, tokenizer = load_checkpoint(out, dtype)
+    scored, texts = _score(display, model, tokenizer, out)
+    prompts = held_out_prompts(texts, prompt_count)
     greedy, sampled = (
         compare(model, tokenizer, prompts, temperature, max_tokens, seed, display, (Way(drafts),))[Way(drafts)]
         for temperature in (0.0, SAMPLED_TEMPERATURE)
@@ -82,14 +82,17 @@ def run_demo(
         "prompts": len(prompts),
         "train_seconds": trained.seconds,
         "checkpoint": str(out),
-        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --head-kind {head_kind} --drafts "
-        f"{drafts} --width {width} --layers {layers} --prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
+        "command": f"foretoken demo --minutes {minutes:g} --n-future {n_future} --head-kind {head_kind} "
+        f"{'' if drafts is None else f'--drafts {drafts} '}--width {width} --layers {layers} "
+        f"--prompts {prompt_count} --max-tokens {max_tokens} --seed {seed}",
         "sampled": {"temperature": SAMPLED_TEMPERATURE, **sampled.figures()},
         "evaluation": scored,
         "max_tokens": max_tokens,
         "n_future": n_future,
         "head_kind": head_kind,
         "drafts": drafts,
+        "dtype": dtype,
+        "compiled": compiled,
         "steps": trained.step,
         "machine": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
@@ -128,12 +131,29 @@ def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple
     return trained, records
 
 
-def _drafts(wanted: int | None, head_kind: str, n_future: int) -> int:
-    drafts = n_future - 1 if wanted is None else wanted
+def _score(display: Display, model: Model, tokenizer: Tokenizer, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """How well held-out files are predicted, and their texts."""
+    documents = list(evaluation_documents(out))
+    random.Random(0).shuffle(documents)  # in order, the first bytes would be those of a few neighbouring files
+    display.say("Scoring held-out files ...")
+    progress = display.count("held-out bytes scored")
+    scored = evaluate(model, documents, tokenizer, max_bytes=EVALUATED_BYTES, progress=progress).to_json()
+    return scored, [document.text for document in documents]
+
+
+def _decoding() -> tuple[str, bool]:
+    """Type of the weights for decoding, and whether steps are compiled.
+
+    Only compiled steps are exact in bfloat16, which is only faster where the processor multiplies it.
+    """
+    compiled = library() is not None
+    return "bfloat16" if compiled and optim.fast_bfloat16(torch.device("cpu")) else "float32", compiled
+
+
+def _check_drafts(drafts: int | None, head_kind: str, n_future: int) -> None:
     most = 32 if head_kind == "sequential" and n_future > 1 else n_future - 1
-    if not 0 <= drafts <= most:
+    if drafts is not None and not 0 <= drafts <= most:
         raise ConfigError(f"--drafts {drafts}: must be from 0 to {most} for {n_future} {head_kind} heads")
-    return drafts
 
 
 def _recipe(n_future: int, width: int, layers: int, seed: int, head_kind: str) -> Recipe:
@@ -184,7 +204,8 @@ def _show(display: Display, tokenizer: Tokenizer, greedy: Comparison, sampled: C
         count = len(comparison.plain)
         equal = sum(a.ids == b.ids for a, b in zip(comparison.plain, comparison.drafted, strict=True))
         display.out.print(
-            f"{f['tokens_per_step']:.2f} tokens per step, a step costs {f['step_cost']:.2f} plain steps: "
-            f"{ms['plain']:.2f} -> {ms['self_speculative']:.2f} ms per token, {f['speedup']:.2f}x as fast. "
+            f"{f['tokens_per_step']:.2f} tokens per step with {f['drafts_per_step']:.1f} drafts, "
+            f"a step costs {f['step_cost']:.2f} plain steps: "
+            f"{ms['plain']:.3f} -> {ms['self_speculative']:.3f} ms per token, {f['speedup']:.2f}x as fast. "
             f"Outputs equal: {equal} of {count} prompts. Distinct 8-grams: {f['distinct_8grams']:.2f}"
         )

@@ -28,6 +28,7 @@ def write_report(
         ("held-out bits per byte, head 1", f"{result['bits_per_byte']:.3f}", ""),
         ("tokens per step", f"{result['tokens_per_step']:.2f}", f"{sampled['tokens_per_step']:.2f}"),
         ("step cost (plain steps)", f"{result['step_cost']:.2f}", f"{sampled['step_cost']:.2f}"),
+        ("drafts per step", f"{result['drafts_per_step']:.2f}", f"{sampled['drafts_per_step']:.2f}"),
         ("speedup", f"{result['speedup']:.2f}", f"{sampled['speedup']:.2f}"),
         ("distinct 8-grams of the text", f"{result['distinct_8grams']:.2f}", f"{sampled['distinct_8grams']:.2f}"),
         ("outputs equal to plain decoding", _yes(result["outputs_equal"]), _yes(sampled["outputs_equal"])),
@@ -37,8 +38,8 @@ def write_report(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>foretoken demo</title><style>{STYLE}</style>
 <h1>A model that predicts {result["n_future"]} tokens at a time</h1>
 <p>Trained for {result["train_seconds"]:.0f} seconds on the Python standard library; {result["prompts"]} held-out
-prompts continued by {result["max_tokens"]} bytes each, plainly and with {result["drafts"]} drafts a step from
-{result["head_kind"]} heads.</p>
+prompts continued by {result["max_tokens"]} bytes each, plainly and with {_drafts(result["drafts"])}
+from {result["head_kind"]} heads.</p>
 <p>{html.escape(other_kind(result["head_kind"]))}</p>
 <table><tr><th></th><th>greedy</th><th>temperature {sampled["temperature"]:g}</th></tr>{table}</table>
 <figure>{_loss_plot(records)}</figure><figure>{_steps_plot(records, result)}</figure>
@@ -50,6 +51,10 @@ the share of distinct 8-grams.</p></html>
 """,
         encoding="utf-8",
     )
+
+
+def _drafts(count: int | None) -> str:
+    return "as many drafts a step as pay" if count is None else f"{count} drafts a step"
 
 
 def _yes(value: bool) -> str:

@@ -179,7 +179,7 @@ def test_train_tokenizer_json(run: Run, corpus: Path, tmp_path: Path) -> None:
 def test_demo_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demo on three tiny files, a hundredth of a minute."""
     pytest.importorskip("matplotlib")
-    demo = small_demo(tmp_path, monkeypatch)
+    demo = [*small_demo(tmp_path, monkeypatch), "--head-kind", "parallel"]
     done = run(*demo, "--json")
     values = done.json
     assert values.keys() >= {
@@ -216,7 +216,7 @@ def test_demo_with_a_sequential_head(run: Run, tmp_path: Path, monkeypatch: pyte
     [
         (("--head-kind", "chain"), "head_kind"),
         (("--head-kind", "sequential", "--layers", "2"), "num_hidden_layers = 2"),
-        (("--drafts", "4"), "--drafts 4: must be from 0 to 3 for 4 parallel heads"),
+        (("--head-kind", "parallel", "--drafts", "4"), "--drafts 4: must be from 0 to 3 for 4 parallel heads"),
         (("--head-kind", "sequential", "--drafts", "33"), "--drafts 33: must be from 0 to 32"),
     ],
 )
