@@ -15,7 +15,13 @@ from foretoken import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # These train for minutes, or need a corpus of the reader's: their options are checked in test_cli.py.
-LONG = ("foretoken demo", "foretoken train demo", "foretoken train my-recipe.toml", "foretoken train-tokenizer")
+LONG = (
+    "foretoken demo",
+    "foretoken bench decode --size",
+    "foretoken train demo",
+    "foretoken train my-recipe.toml",
+    "foretoken train-tokenizer",
+)
 
 
 def fenced(page: Path, language: str) -> list[str]:

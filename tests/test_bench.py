@@ -1,0 +1,155 @@
+"""The benchmark of decoding: what it times is what it says, and its figures hang together."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_cli import Run, run  # noqa: F401 - a fixture
+
+from foretoken import bench_decode, bench_peers
+from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_prompts
+from foretoken.bench_peers import Workload
+from foretoken.checkpoint import save_checkpoint
+from foretoken.display import Display
+from foretoken.tokenizer import byte_tokenizer
+
+KEYS = {
+    "model", "parameters", "dtype", "domain", "temperature", "batch", "context", "decoder", "drafts", "ms_per_step",
+    "tokens_per_step", "ms_per_token", "runs", "min", "max", "step_cost", "speedup", "fraction_of_bound", "differing",
+    "margin",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model(vocab=260, dtype=torch.float32, peaked=False, seed=3)
+    return save_checkpoint(tmp_path_factory.mktemp("bench") / "model", model, byte_tokenizer())
+
+
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_decode.SHAPES, "30m", (64, 2, 2, 128))
+    monkeypatch.setattr(bench_decode, "VOCABULARY", 300)
+    monkeypatch.setattr(bench_decode, "bandwidth", lambda: 20.0)
+
+
+def texts(folder: Path) -> Path:
+    for i in range(3):
+        (folder / f"{i}.py").write_text(f"def read_{i}(path):\n    return open(path).read()\n" * 30)
+    return folder
+
+
+def rows_add_up(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert set(row) == KEYS
+        assert 0 < row["min"] <= row["ms_per_step"] <= row["max"]
+        assert row["step_cost"] > 0
+        assert (row["tokens_per_step"] is None) == (row["ms_per_token"] is None) == (row["speedup"] is None)
+        if row["decoder"] == "foretoken" and row["drafts"] == 0:
+            assert row["step_cost"] == row["tokens_per_step"] == row["speedup"] == 1.0
+            assert row["differing"] == 0.0
+        bytes_per_step = row["parameters"] * (2 if row["dtype"] == "bfloat16" else 4)
+        assert row["fraction_of_bound"] == pytest.approx(bytes_per_step / 20e9 / row["ms_per_step"] * 1e3)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_random_weights(small_shape: None, run: Run, kind: str, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "result.json"
+    options = ["--batch", 1, "--batch", 2, "--context", 20, "--tokens", 5, "--rounds", 2, "--head-kind", kind]
+    done = run("bench", "decode", "--size", "30m", *options, "--no-peers", "--out", out, "--json")
+    result = done.json
+    assert json.loads(out.read_text()) == result
+    assert set(result) == {"machine", "versions", "bandwidth_gb_s", "bandwidth_measured", "rows"}
+    assert set(result["versions"]) >= {"foretoken", "torch", "transformers", "xllamacpp"}
+    rows_add_up(result["rows"])
+    shown = [(row["batch"], row["decoder"], row["drafts"]) for row in result["rows"]]
+    assert shown == [(batch, "foretoken", k) for batch in (1, 2) for k in range(4)]
+    assert all(row["tokens_per_step"] is None for row in result["rows"] if row["drafts"])  # would mean nothing
+    assert all(row["differing"] == 0.0 for row in result["rows"])
+    assert {row["runs"] for row in result["rows"]} == {2}
+
+
+def test_a_checkpoint_on_its_text(run: Run, checkpoint: Path, tmp_path: Path, small_shape: None) -> None:  # noqa: F811
+    data = texts(tmp_path)
+    options = ["--data", data, "--tokens", 6, "--prompts", 2, "--rounds", 1, "--no-peers", "--dtype", "float32"]
+    rows = run("bench", "decode", checkpoint, *options, "--json").json["rows"]
+    rows_add_up(rows)
+    greedy = [row["decoder"] for row in rows if row["temperature"] == 0]
+    assert greedy == [*["foretoken"] * 4, "foretoken, as many drafts as pay", "foretoken, lookup"]
+    sampled = [row for row in rows if row["temperature"] == 0.8]
+    assert [row["decoder"] for row in sampled].count("foretoken, rejection") == 3
+    for row in rows:
+        assert 1 <= row["tokens_per_step"] <= 9
+        assert row["differing"] == (None if "rejection" in row["decoder"] else 0.0)
+        assert row["ms_per_token"] == pytest.approx(row["ms_per_step"] / row["tokens_per_step"], rel=0.2)
+    shown = run("bench", "decode", checkpoint, *options).out
+    assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + len(rows)
+
+
+def test_peers_decode_the_same(checkpoint: Path) -> None:
+    """Each is given the same weights and prompts, and writes as many tokens."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("xllamacpp")
+    from foretoken.checkpoint import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint, "float32")
+    work = Workload("text", [[65, 66, 67, 68], [1, 2, 3, 4]], 1, 5)
+    found = list(bench_peers.decoders(model, checkpoint, work, [1], True, True))
+    names = [name for name, _, _ in found]
+    assert names[-3:] == ["transformers", "transformers, prompt lookup", "llama.cpp"]
+    for name, _, decoder in found:
+        timing = decoder()
+        assert timing.seconds > 0
+        assert 0 < timing.steps <= 10, name
+        assert timing.tokens >= 8, name
+
+
+MISTAKES: list[tuple[list[object], str]] = [
+    ([], "nothing to time: name a checkpoint, or a --size"),
+    (["--size", "huge"], "size huge: must be one of"),
+    (["--size", "30m", "--tokens", 1], "tokens = 1 must be at least 2"),
+    (["--size", "30m", "--batch", 0], "batch = 0 must be at least 1"),
+    (["--size", "30m", "--rounds", 0], "rounds = 0 must be at least 1"),
+    (["--size", "30m", "--dtype", "int4"], "dtype int4: must be one of"),
+    (["/no/such/checkpoint"], "/no/such/checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=[part[:16] for _, part in MISTAKES])
+def test_mistakes(run: Run, small_shape: None, words: list[object], part: str) -> None:  # noqa: F811
+    done = run("bench", "decode", *words)
+    assert done.code == 2
+    assert part in done.errors.splitlines()[-1]
+
+
+def test_bandwidth_is_a_machines() -> None:
+    assert 0.5 < bench_decode.bandwidth() < 5000
+
+
+def test_comparison_takes_the_prompts_reading_out(checkpoint: Path) -> None:
+    from foretoken.checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(checkpoint, "float32")
+    with Display(quiet_text=True) as display:
+        found = compare(model, tokenizer, ["ab", "c"], 0.0, 9, 0, display, [Way(2), Way(None), PLAIN])
+    for way, comparison in found.items():
+        figures = comparison.figures()
+        assert comparison.outputs_equal
+        assert figures["speedup"] == pytest.approx(sum(comparison.plain_seconds) / sum(comparison.drafted_seconds))
+        assert figures["drafts_per_step"] <= (3 if way.drafts is None else way.drafts)
+        assert all(math.isfinite(x) for x in figures["milliseconds_per_token"].values())
+    assert found[PLAIN].figures()["tokens_per_step"] == 1.0
+
+
+def test_prompts_and_ngrams() -> None:
+    lines = "".join(f"line {i}\n" for i in range(200))
+    prompts = held_out_prompts([lines, "short"], 3)
+    assert len(set(prompts)) == 3
+    assert all(prompt in lines and prompt.endswith("\n") for prompt in prompts)
+    assert distinct_ngrams([[1, 2, 1, 2, 1, 2]], 2) == 2 / 5
