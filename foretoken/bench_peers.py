@@ -161,7 +161,7 @@ def decoders(
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
             name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
             yield name, k, foretoken_decoder(model, work, k, accept)
-    if model.config.n_future > 1 and own_text:
+    if model.config.n_future > 1 and (own_text or work.temperature > 0):  # greedy text of random weights is one loop
         yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
     if own_text:
         yield "foretoken, lookup", None, foretoken_decoder(model, work, None, source=Lookup())

@@ -24,7 +24,9 @@ def decode(
     head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel or sequential.")] = "parallel",
     n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; any number. Default: 1.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="For the checkpoint. Default: 0 and 0.8.")] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Any number. Default: 0; for a checkpoint, 0 and 0.8.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens before the timed ones, of the random weights.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
     prompts: Annotated[int, typer.Option(help="Prompts of the checkpoint, per domain.")] = 8,
@@ -42,7 +44,7 @@ def decode(
     with Display() as display:
         result = bench_decode(
             display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
-            batches=batch or [1], temperatures=temperature or [0.0, 0.8], context=context, tokens=tokens,
+            batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, peers=peers,
         )  # fmt: skip
         if out is not None:

@@ -70,9 +70,20 @@ def test_random_weights(small_shape: None, run: Run, kind: str, tmp_path: Path) 
     rows_add_up(result["rows"])
     shown = [(row["batch"], row["decoder"], row["drafts"]) for row in result["rows"]]
     assert shown == [(batch, "foretoken", k) for batch in (1, 2) for k in range(4)]
-    assert all(row["tokens_per_step"] is None for row in result["rows"] if row["drafts"])  # would mean nothing
+    for row in result["rows"]:  # acceptance means nothing where K is given
+        assert (row["tokens_per_step"] is None) == bool(row["drafts"])
     assert all(row["differing"] == 0.0 for row in result["rows"])
     assert {row["runs"] for row in result["rows"]} == {2}
+
+
+def test_drafts_that_are_refused(small_shape: None, run: Run) -> None:  # noqa: F811
+    """Random weights at a temperature accept nearly nothing, and that is what this row is for."""
+    options = ["--temperature", 1, "--context", 20, "--tokens", 40, "--rounds", 1, "--no-peers", "--json"]
+    rows = run("bench", "decode", "--size", "30m", *options).json["rows"]
+    (adaptive,) = (row for row in rows if row["decoder"] == "foretoken, as many drafts as pay")
+    assert adaptive["tokens_per_step"] < 1.2
+    assert adaptive["speedup"] > 0
+    assert adaptive["differing"] == 0.0
 
 
 def test_a_checkpoint_on_its_text(run: Run, checkpoint: Path, tmp_path: Path, small_shape: None) -> None:  # noqa: F811
