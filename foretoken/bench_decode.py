@@ -1,8 +1,8 @@
 """`foretoken bench decode`: the time of a decoding step, beside strong peers on the same weights in the same run.
 
 1. Models: a checkpoint, whose held-out text gives prompts, or shapes with random weights. Those show what a step costs;
-   how many of their drafts are accepted means nothing, and is not given. Above temperature 0 nearly all are refused:
-   the worst case of K chosen by what pays, whose speedup is then what looking for it costs.
+   how many of their drafts are accepted means nothing, and is not given. A checkpoint whose further heads are made
+   random is the worst case of K chosen by what pays: the speedup is then what looking for it costs.
 2. Decoders: plain, and every number of drafts; transformers' `generate`, plainly and with prompt lookup; llama.cpp in
    this process with 16-bit GGUF weights.
 3. Rounds: each decoder once a round, in turn, so that all meet the same machine. Times are of what follows the first
@@ -187,11 +187,16 @@ def bench_random(
 
 def bench_checkpoint(
     directory: str, data: Sequence[str], dtype: str | None, batches: Sequence[int], temperatures: Sequence[float],
-    prompts: int, tokens: int, rounds: int, peers: bool, gb_s: float, display: Display,
+    prompts: int, tokens: int, rounds: int, peers: bool, random_heads: bool, gb_s: float, display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a checkpoint, by domain: beginnings of `prompts` texts of the data, by default the held-out ones."""
     folder = find_checkpoint(directory)
     model, tokenizer = load_checkpoint(folder, dtype)
+    if random_heads:
+        for head in list(model.heads)[1:]:
+            for parameter in head.parameters():
+                torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 1.0, 0.02)
+    name = f"{folder.name}, further heads random" if random_heads else folder.name
     works = []
     for source in data or ("",):
         texts = [d.text for d in evaluation_documents(directory, (source,) if source else ())]
@@ -201,7 +206,7 @@ def bench_checkpoint(
     drafts = range(1, model.config.n_future + (1 if model.config.sequential else 0))
     with tempfile.TemporaryDirectory() as temporary:
         copy = save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer)  # without heads renamed, in this type
-        return bench(folder.name, model, copy, works, drafts, rounds, peers, gb_s, True, display)
+        return bench(name, model, copy, works, drafts, rounds, peers, gb_s, True, display)
 
 
 def bench_decode(
@@ -220,6 +225,7 @@ def bench_decode(
     rounds: int,
     dtype: str,
     peers: bool,
+    random_heads: bool = False,
 ) -> dict[str, Any]:
     """What the command prints with --json: machine, versions, bandwidth_gb_s and rows.
 
@@ -239,23 +245,14 @@ def bench_decode(
     gb_s, rows = bandwidth(), list[dict[str, Any]]()
     if checkpoint is not None:
         rows += bench_checkpoint(
-            checkpoint, data, dtype, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds, peers, gb_s, display
-        )
+            checkpoint, data, dtype, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds, peers, random_heads,
+            gb_s, display,
+        )  # fmt: skip
     for size in sizes:
         rows += bench_random(
-            size,
-            n_future,
-            head_kind,
-            DTYPES[dtype],
-            batches,
-            temperatures or (0.0,),
-            context,
-            tokens,
-            rounds,
-            peers,
-            gb_s,
-            display,
-        )
+            size, n_future, head_kind, DTYPES[dtype], batches, temperatures or (0.0,), context, tokens, rounds, peers,
+            gb_s, display,
+        )  # fmt: skip
     return {
         "machine": machine(),
         "versions": versions(),

@@ -17,6 +17,7 @@ import torch
 
 from foretoken.decode import decode
 from foretoken.drafters import Lookup, Source
+from foretoken.errors import ForetokenError
 from foretoken.formats.gguf import MODEL, export_gguf
 from foretoken.model import Model
 from foretoken.request import Request
@@ -161,7 +162,7 @@ def decoders(
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
             name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
             yield name, k, foretoken_decoder(model, work, k, accept)
-    if model.config.n_future > 1 and (own_text or work.temperature > 0):  # greedy text of random weights is one loop
+    if model.config.n_future > 1 and own_text:
         yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
     if own_text:
         yield "foretoken, lookup", None, foretoken_decoder(model, work, None, source=Lookup())
@@ -174,4 +175,8 @@ def decoders(
             lookup = max(drafts, default=3)
             yield "transformers, prompt lookup", lookup, transformers_decoder(folder, work, dtype, lookup)
     if installed["xllamacpp"] and work.batch == 1 and model.config.architecture == "llama":
-        yield "llama.cpp", 0, llama_cpp_decoder(folder, work, dtype)
+        try:
+            run = llama_cpp_decoder(folder, work, dtype)
+        except ForetokenError:  # a model that GGUF files cannot hold
+            return
+        yield "llama.cpp", 0, run

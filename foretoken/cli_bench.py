@@ -33,6 +33,10 @@ def decode(
     rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
     dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or float32.")] = "bfloat16",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time transformers and llama.cpp too.")] = True,
+    random_heads: Annotated[
+        bool,
+        typer.Option("--random-heads", help="Spoil the checkpoint's further heads: the worst case of drafts that pay."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
 ) -> None:
@@ -45,7 +49,7 @@ def decode(
         result = bench_decode(
             display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
-            prompts=prompts, rounds=rounds, dtype=dtype, peers=peers,
+            prompts=prompts, rounds=rounds, dtype=dtype, peers=peers, random_heads=random_heads,
         )  # fmt: skip
         if out is not None:
             write_json(out, result)

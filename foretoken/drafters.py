@@ -107,6 +107,8 @@ class LookupDrafter(Drafter):
         keys: Keys,
     ) -> Proposal:
         """See `Drafter`. A row has as many drafts as follow its match, maybe none."""
+        if not self.drafts:
+            return [[] for _ in requests], None
         texts = ([*request.prompt, *request.ids, *tokens] for request, tokens in zip(requests, new, strict=True))
         return [looked_up(text, self.longest, self.drafts) for text in texts], None
 
@@ -122,12 +124,19 @@ class LookupDrafter(Drafter):
 
 def looked_up(text: Sequence[int], longest: int, count: int) -> list[int]:
     """Up to `count` tokens that followed the newest earlier place of the last `longest` tokens, or of fewer of them."""
-    for size in range(min(longest, len(text) - 1), 0, -1):
-        last = list(text[-size:])
-        for start in range(len(text) - size - 1, -1, -1):
-            if text[start + size - 1] == last[-1] and list(text[start : start + size]) == last:
-                return list(text[start + size : start + size + count])
-    return []
+    back = list(reversed(text))
+    best, length, at = 0, 0, 0
+    while length < longest:
+        try:
+            at = back.index(back[0], at + 1)  # the next older place of the last token
+        except (IndexError, ValueError):
+            break
+        same = 1
+        while same < longest and at + same < len(back) and back[at + same] == back[same]:
+            same += 1
+        if same > length:
+            best, length = at, same
+    return back[max(0, best - count) : best][::-1]
 
 
 def most_drafts(stepper: Stepper, source: Source) -> int:

@@ -7,12 +7,15 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
 from small_runs import write_corpus
 
 from foretoken.config import Recipe
 from foretoken.display import Display
-from foretoken.lab import head_kinds
+from foretoken.lab import acceptance, head_kinds
 from foretoken.recipe import load_recipe
+from foretoken.sources import Document
+from foretoken.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +70,17 @@ def test_head_kinds_runs_and_resumes(
     assert all(len({row.count("|") for row in rows}) == 1 for rows in (learnt, decoded))
     assert "Measuring" in capsys.readouterr().err
     assert set(arms["parallel"]) == set(stored()["budgets"]["3"]["parallel"])  # type: ignore[index]
+
+
+def test_acceptance_of_three_rules(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "evaluation_documents", lambda folder: [Document("x = 1\n" * 200, "here")])
+    monkeypatch.setattr(acceptance, "load_checkpoint", lambda folder, dtype: (tiny_model(vocab=260), byte_tokenizer()))
+    monkeypatch.setattr(acceptance, "PROMPTS", 2)
+    monkeypatch.setattr(acceptance, "MAX_TOKENS", 20)
+    with Display(quiet_text=True) as display:
+        result = acceptance.compare([Path("a"), Path("b")], display)
+    assert set(result["models"]) == {"a", "b"}
+    for values in result["models"].values():
+        assert all(row["outputs_equal"] for row in values["rows"].values())
+        assert all(1 <= row[rule] <= 4 for row in values["rows"].values() for rule in acceptance.RULES)
+    assert len(acceptance.table(result).splitlines()) == 2 + 2 * 3

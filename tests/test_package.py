@@ -64,6 +64,7 @@ ORDER = [
     "report",
     "demo",
     "lab.head_kinds",
+    "lab.acceptance",
     "cli_common",
     "cli_bench",
     "cli_generate",
