@@ -59,15 +59,14 @@ def test_output_is_plain(name: str, dtype: torch.dtype) -> None:
     gap, accepted = 1e-9 if dtype == torch.float64 else 0.0, 0
     for sampling in SAMPLINGS:
         plain = decoded(model, None, 0, sampling)
-        for drafts in (1, 2, 5, None):
-            for slots in (None, 2):
-                found = decoded(model, sources[name], drafts, sampling, slots=slots)
-                for a, b in zip(found, plain, strict=True):
-                    same_output(a, b, gap)
-                    accepted += sum(step.accepted for step in a.steps)
-                    if name == "itself" and drafts is not None:
-                        assert all(step.committed == drafts + 1 for step in a.steps[:-1])
-                        counts_add_up(a, drafts)
+        for drafts, slots in ((1, None), (2, 2), (5, None), (None, 2)):
+            found = decoded(model, sources[name], drafts, sampling, slots=slots)
+            for a, b in zip(found, plain, strict=True):
+                same_output(a, b, gap)
+                accepted += sum(step.accepted for step in a.steps)
+                if name == "itself" and drafts is not None:
+                    assert all(step.committed == drafts + 1 for step in a.steps[:-1])
+                    counts_add_up(a, drafts)
     assert accepted > 0
 
 
@@ -82,7 +81,7 @@ def test_law_of_rejection(name: str, dtype: torch.dtype) -> None:
                 if p.dim() == 2 and key != "lm_head.weight":
                     p.mul_(12)
     source: Source = Lookup(2) if name == "lookup" else other.to(dtype)
-    sampling_law(model.to(dtype), [1, 2, 3, 1, 2], 2, REJECTION, 5000, source=source)
+    sampling_law(model.to(dtype), [1, 2, 3, 1, 2], 2, REJECTION, 3000, source=source)
 
 
 def test_lookup_finds_the_newest_longest_match() -> None:
