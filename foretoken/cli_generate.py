@@ -88,9 +88,11 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "accept": cast(Any, accept), "seed": seed, "stop": stop or (), "min_tokens": min_tokens,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias or ()), "regex": regex,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias or ()),
         "drafts": drafts, "lookup": lookup, "ignore_eos": ignore_eos,
     }  # fmt: skip
+    if regex:
+        options["regex"] = regex
     if json_schema is not None:
         options["json_schema"] = read_text(json_schema)
     if lark is not None:

@@ -229,7 +229,7 @@ def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest]
     )
     processing.check(model.config.vocab_size)
     asked = {"json_schema": options.get("json_schema"), "regex": options.get("regex"), "lark": options.get("lark")}
-    grammars = [Grammar(tokenizer, kind, text) for kind, text in asked.items() if text]
+    grammars = [Grammar(tokenizer, kind, text) for kind, text in asked.items() if text is not None]
     if len(grammars) > 1:
         raise ConfigError("json_schema, regex and lark: only one of them can be followed")
     if processing == Processing() and not grammars:

@@ -237,6 +237,11 @@ def test_grammars(name: str) -> None:
         assert max(plain.ids) < tokenizer.vocab_size
 
 
+def test_an_empty_schema_is_any_json() -> None:
+    text = generate(TEXT, BYTES, "x", json_schema={}, temperature=1.0, seed=1, max_tokens=3).text
+    assert text[0] in '{["-0123456789tfn'
+
+
 def test_rejection_follows_a_grammar_too() -> None:
     for seed in range(20):
         text = generate(
@@ -277,6 +282,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"regex": "[a"}, "regex: "),
     ({"lark": "start: nothing"}, "lark: "),
     ({"json_schema": "{"}, "json_schema: "),
+    ({"json_schema": ""}, "json_schema: "),
+    ({"lark": ""}, "lark: "),
     ({"json_schema": {"type": "no such type"}}, "json_schema: "),
     ({"regex": "a", "lark": 'start: "a"'}, "only one of them"),
 ]
