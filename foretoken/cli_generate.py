@@ -100,8 +100,7 @@ def generate(
     if draft_model:
         options["draft_model"], _ = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
     final = None
-    pieces = stream(model, tokenizer, text, **options)
-    for piece, final in pieces:  # noqa: B007 - the last one is used below
+    for piece, final in stream(model, tokenizer, text, **options):  # noqa: B007 - the last one is used below
         if not as_json:
             write(text + piece)  # the prompt too only now, when the options have been found right
             text = ""
