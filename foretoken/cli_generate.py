@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,6 +20,9 @@ from foretoken.cli_common import (
     read_text,
     write,
 )
+
+if TYPE_CHECKING:
+    from foretoken.completion import Options
 
 Prompt = Annotated[str | None, typer.Argument(help="The text to continue.")]
 PromptFile = Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")]
@@ -79,7 +82,7 @@ def generate(
 ) -> None:
     """Continue a prompt, drafting with the extra heads. The text does not depend on the drafts."""
     from foretoken.checkpoint import load_checkpoint
-    from foretoken.completion import Options, stream
+    from foretoken.completion import stream
     from foretoken.display import summary
 
     text = read_prompt(prompt, prompt_file)
@@ -91,12 +94,7 @@ def generate(
         "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias or ()),
         "drafts": drafts, "lookup": lookup, "ignore_eos": ignore_eos,
     }  # fmt: skip
-    if regex:
-        options["regex"] = regex
-    if json_schema is not None:
-        options["json_schema"] = read_text(json_schema)
-    if lark is not None:
-        options["lark"] = read_text(lark)
+    options.update(_grammar(json_schema, regex, lark))
     if draft_model:
         options["draft_model"], _ = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
     final = None
@@ -110,6 +108,17 @@ def generate(
     else:
         write("\n")
         summary(final)
+
+
+def _grammar(json_schema: Path | None, regex: str, lark: Path | None) -> Options:
+    found: Options = {}
+    if regex:
+        found["regex"] = regex
+    if json_schema is not None:
+        found["json_schema"] = read_text(json_schema)
+    if lark is not None:
+        found["lark"] = read_text(lark)
+    return found
 
 
 def _biases(given: Sequence[str]) -> dict[int, float]:
