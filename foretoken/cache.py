@@ -68,6 +68,16 @@ class KVCache:
         """Count `count` more positions in every row, once all blocks have written them."""
         self.lengths = [length + count for length in self.lengths]
 
+    def keep(self, row: int, places: Sequence[int], count: int) -> None:
+        """Of a row's newest `count` positions keep those at `places` among them, in order, and forget the others."""
+        start = self.lengths[row] - count
+        moved = [(new, old) for new, old in enumerate(places) if new != old]
+        if moved:
+            to, origin = ([start + place for place in side] for side in zip(*moved, strict=True))
+            for tensor in (self.keys, self.values):
+                tensor[:, row, :, to] = tensor[:, row, :, origin]
+        self.lengths[row] = start + len(places)
+
     def roll_back(self, lengths: Sequence[int]) -> None:
         """Forget every row's positions from `lengths[row]` on."""
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))

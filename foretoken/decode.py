@@ -19,13 +19,14 @@ from torch import Tensor
 
 from foretoken.cache import KVCache
 from foretoken.draft import Turn
-from foretoken.drafters import Source, make_drafter, step_pace
+from foretoken.drafters import LookupDrafter, Source, make_drafter, step_pace, tree_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
-from foretoken.pace import Pace
+from foretoken.pace import MOST_NODES, Pace
 from foretoken.processors import changes
 from foretoken.request import Request, Step
 from foretoken.sampling import Keys, Sampling
+from foretoken.tree import Tree, chain
 
 CHOOSE_EVERY = 4  # steps, where their number of drafts is not given
 
@@ -37,21 +38,23 @@ def decode(
     drafts: int | None,
     slots: int | None = None,
     source: Source = None,
+    nodes: int | None = None,
 ) -> Iterator[tuple[Request, list[int]]]:
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
     drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
-    (see `pace`), at most those the model was trained for and, of a sequential head, one more. slots: how many requests
-    run at a time, by default all; the others wait, and take the rows of those that end. source: where drafts come from,
-    by default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between
-    two yields. Raises ConfigError for a K or a prompt that the model cannot run.
+    (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step as
+    a tree of at most K places; by default a chain, or what pays where K is None. slots: how many requests run at a time,
+    by default all; the others wait, and take the rows of those that end. source: where drafts come from, by default the
+    model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between two yields. Raises
+    ConfigError for a K or a prompt that the model cannot run.
     """
     check_requests(model, requests, drafts, source)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
-    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)), source)
+    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)), source, nodes)
     while batch.requests or waiting:
         while waiting and len(batch.requests) < batch.rows:
             request = waiting.popleft()
@@ -59,7 +62,7 @@ def decode(
                 continue
             row, hidden, z = batch.prefill(request)
             (token,), (logprob,) = batch.stepper.pick_targets(
-                hidden[0, :, -1:], batch.keys([request], 1), changes([request], [[]])
+                hidden[0, :, -1:], batch.keys([request], 1), changes([request], lambda row: [[]])
             )
             yield request, _commit(request, token, logprob)  # the prefill verifies nothing and is no step
             if request.finish_reason is None:
@@ -69,7 +72,7 @@ def decode(
         drafted, turn = batch.drafted, batch.step()
         for index, request in enumerate(batch.requests):
             if request.finish_reason is None:
-                count = turn.accepted[index]
+                count = len(turn.paths[index]) - 1
                 new = _commit(request, turn.picked[index][: count + 1], turn.logprobs[index])
                 request.steps.append(Step(tuple(drafted[index]), min(count, len(new)), len(new)))
                 yield request, new
@@ -87,23 +90,35 @@ class Batch:
         drafts: int | None,
         rows: int,
         source: Source = None,
+        nodes: int | None = None,
     ) -> None:
         self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
         self.pace: Pace | None = None
         self.count = 0  # steps
+        self.nodes, self.adaptive = nodes, drafts is None
         if drafts is None:
             self.pace = step_pace(self.stepper, rows, source)
             drafts = len(self.pace.costs) - 1
+        elif nodes is not None:
+            self.pace = tree_pace(self.stepper, drafts, source)
         # The last step may begin one token before the end, accept K drafts and draft K more.
-        capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1
+        capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1 + (nodes or MOST_NODES)
         self.drafter = make_drafter(self.stepper, drafts, rows, capacity, source)
-        if self.pace is not None:
+        if self.pace is not None and self.adaptive:
             self.drafter.drafts = self.pace.begin(drafts)
+        self.grow()
+        self.tree: Tree | None = None  # the shape of what is drafted
         self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
         self.cache.select([])
         self.requests: list[Request] = []
         self.drafted: list[list[int]] = []
         self.ahead: Keys | None = None  # of the tokens that are drafted, and then verified, with the same noise
+
+    def grow(self) -> None:
+        """Choose the shape of the next drafts."""
+        rejection = self.sampling.accept == "rejection" and self.sampling.temperature > 0
+        if self.pace is not None and not rejection and not isinstance(self.drafter, LookupDrafter):
+            self.drafter.tree = self.pace.tree(self.drafter.drafts, self.nodes)
 
     def keys(self, requests: Sequence[Request], count: int) -> Keys:
         """The noise of the next `count` tokens of each request."""
@@ -121,7 +136,7 @@ class Batch:
         self.cache.join(row)
         self.drafted.append(self.drafter.join(request, hidden, z, self.keys([request], self.drafter.drafts + 1)))
         self.requests.append(request)
-        self.ahead = None
+        self.ahead, self.tree = None, self.drafter.tree
 
     def step(self) -> Turn:
         """Verify the drafts, and draft on."""
@@ -134,17 +149,20 @@ class Batch:
         self.count += 1
         if self.pace is not None and self.drafter.drafts and self.count % CHOOSE_EVERY == 0:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
-            self.drafter.drafts = self.pace.choose(self.drafter.most())
-        turn = self.drafter.turn(self.requests, tokens, self.cache, keys)
-        if self.pace is not None:
-            self.pace.record([len(draft) for draft in self.drafted], turn.accepted)
+            if self.adaptive:
+                self.drafter.drafts = self.pace.choose(self.drafter.most())
+            self.grow()
+        turn = self.drafter.turn(self.requests, tokens, self.cache, keys, self.tree)
+        if self.pace is not None and longest:
+            trees = [self.tree or chain(len(draft)) for draft in self.drafted]
+            self.pace.record(trees, turn.paths)
         return turn
 
     def settle(self, turn: Turn) -> None:
         """Forget what was not committed, and the rows of requests that have ended."""
         # Everything committed stays but the newest token, which has not been through the model yet.
         self.cache.roll_back([min(n, r.length - 1) for n, r in zip(self.cache.lengths, self.requests, strict=True)])
-        self.drafted, self.ahead = turn.drafts, turn.ahead
+        self.drafted, self.ahead, self.tree = turn.drafts, turn.ahead, self.drafter.tree
         alive = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
         if len(alive) < len(self.requests):
             self.cache.select(alive)

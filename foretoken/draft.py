@@ -11,9 +11,10 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.model import Stepper
 from foretoken.native import MOST_TOKENS
-from foretoken.processors import changes
+from foretoken.processors import Change, changes
 from foretoken.request import Request
-from foretoken.sampling import Keys, accepted
+from foretoken.sampling import Keys
+from foretoken.tree import Tree, chain
 
 # Drafts (B, K), and the logits (B, K, V) they were picked from.
 Proposal = tuple[list[list[int]], Tensor | None]
@@ -21,12 +22,12 @@ Proposal = tuple[list[list[int]], Tensor | None]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a step gave: the tokens (B, T) that the target picks, their log-probabilities, how many drafts of each row
-    they accept, the next drafts (B, K) and the noise these were picked with, which is to verify them too."""
+    """What a step gave. Of each row: the accepted nodes, node 0 first; the tokens that the target picks behind them (what
+    follows means nothing) and their log-probabilities; the next drafts. And the noise that these are verified with."""
 
     picked: list[list[int]]
     logprobs: list[list[float]]
-    accepted: list[int]
+    paths: list[list[int]]
     drafts: list[list[int]]
     ahead: Keys
 
@@ -36,13 +37,14 @@ class Drafter:
 
     heads: how many heads the model's own forward must run for it, head 1 included. cache: the drafter's own, if any.
     proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
-    compiled: whether `turn` may run as one compiled call. heads_draft: whether the model's own heads draft, which is
-    then part of that call; other drafters are asked behind it and get no states.
+    tree: the shape of the next drafts; None is a chain of K. compiled: whether `turn` may run as one compiled call.
+    heads_draft: whether the model's own heads draft, which is then part of that call; other drafters are asked behind it and get no states.
     """
 
     heads = 1
     cache: KVCache | None = None
     proposed: Tensor | None = None
+    tree: Tree | None = None
     compiled = True
     heads_draft = True
 
@@ -52,6 +54,17 @@ class Drafter:
     def most(self) -> int:
         """How many drafts the next step can have: heads whose keys are missing cannot come back."""
         return self.drafts
+
+    @property
+    def ranks(self) -> int:
+        """How many candidates there must be for each place."""
+        return 1 if self.tree is None else self.tree.width
+
+    def placed(self, candidates: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+        """The drafts of each row, from candidates (B, K, ranks)."""
+        if self.tree is None:
+            return [[place[0] for place in row] for row in candidates]
+        return [self.tree.nodes(row) for row in candidates]
 
     def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """Take a request as the batch's last row: K drafts behind its first token.
@@ -90,34 +103,60 @@ class Drafter:
         if self.proposed is not None:
             self.proposed = self.proposed[list(rows)] if rows else None
 
-    def turn(self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys) -> Turn:
-        """Run the model on `tokens` (B, K + 1), each row's last one and its drafts; accept, and draft on."""
-        native, device = self.stepper.native, self.stepper.model.device
+    def turn(
+        self,
+        requests: Sequence[Request],
+        tokens: list[list[int]],
+        cache: KVCache,
+        keys: Keys,
+        tree: Tree | None = None,
+    ) -> Turn:
+        """Run the model on `tokens` (B, T), each row's last one and its drafts as a tree or chain; accept, and draft on."""
+        native = self.stepper.native
         inside = self.drafts if self.heads_draft else 0
-        short = len(tokens[0]) + inside < MOST_TOKENS
+        shape = chain(len(tokens[0]) - 1) if tree is None else tree
         drafted = [row[1:] for row in tokens]
-        change = changes(requests, drafted)
-        drafts: list[list[int]] | None = None
-        hidden = z = torch.empty(0)
+        change = changes(requests, lambda row: shape.before(drafted[row]))
+        short = len(tokens[0]) + inside < MOST_TOKENS
         if native is not None and self.compiled and short and change is None and not keys.sampling.filters:
             self.stepper.grow_tables(cache)
-            own = self.cache if inside else None
-            picked, logprobs, counts, drafts, self.proposed = native.turn(
-                tokens, cache, own, keys, inside, self.proposed
+            own, ranks = (self.cache, self.ranks) if inside else (None, 1)
+            picked, logprobs, paths, flat, self.proposed = native.turn(
+                tokens, cache, own, keys, inside, self.proposed, tree, ranks
             )
+            ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
+            if inside or not self.drafts:
+                drafts = flat if self.tree is None else self.placed([_pairs(row, ranks) for row in flat])
+                return Turn(picked, logprobs, paths, drafts, ahead)
+            hidden = z = torch.empty(0)
         else:
-            hidden, z = self.stepper.forward(torch.tensor(tokens, device=device), cache, self.heads)
-            if keys.rejection and self.proposed is not None:
-                these = torch.tensor(drafted, device=device)
-                picked, logprobs, counts = self.stepper.reject(hidden[0], these, self.proposed, keys, change)
-            else:
-                picked, logprobs = self.stepper.pick_targets(hidden[0], keys, change)
-                counts = [accepted(row, own) for row, own in zip(drafted, picked, strict=True)]
-        ahead = keys.behind([count + 1 for count in counts], self.drafts + 1)
-        if drafts is None or not self.heads_draft:
-            new = [own[: count + 1] for own, count in zip(picked, counts, strict=True)]
-            drafts, self.proposed = self.propose(requests, new, counts, hidden, z, ahead)
-        return Turn(picked, logprobs, counts, drafts, ahead)
+            picked, logprobs, paths, hidden, z = self._verify(tokens, cache, keys, change, tree)
+            ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
+        new = [own[: len(path)] for own, path in zip(picked, paths, strict=True)]
+        drafts, self.proposed = self.propose(requests, new, [len(path) - 1 for path in paths], hidden, z, ahead)
+        return Turn(picked, logprobs, paths, drafts, ahead)
+
+    def _verify(
+        self, tokens: list[list[int]], cache: KVCache, keys: Keys, change: Change | None, tree: Tree | None
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], Tensor, Tensor]:
+        """The first half of `turn` in PyTorch; what the forward returned stands along the accepted nodes."""
+        stepper, device, count = self.stepper, self.stepper.model.device, len(tokens[0])
+        hidden, z = stepper.forward(torch.tensor(tokens, device=device), cache, self.heads, tree)
+        if keys.rejection and self.proposed is not None:
+            drafted = torch.tensor([row[1:] for row in tokens], device=device)
+            picked, logprobs, counts = stepper.reject(hidden[0], drafted, self.proposed, keys, change)
+            return picked, logprobs, [list(range(right + 1)) for right in counts], hidden, z
+        shape = chain(count - 1) if tree is None else tree
+        picked, logprobs = stepper.pick_targets(hidden[0], keys, change, None if tree is None else shape.depths)
+        paths = [shape.walk(row[1:], own) for row, own in zip(tokens, picked, strict=True)]
+        if tree is None:
+            return picked, logprobs, paths, hidden, z
+        for row, path in enumerate(paths):
+            cache.keep(row, path, count)
+            picked[row] = [picked[row][node] for node in path]
+            logprobs[row] = [logprobs[row][node] for node in path]
+        rows, nodes = torch.arange(len(paths), device=device)[:, None], padded(paths, device)
+        return picked, logprobs, paths, hidden[:, rows, nodes], z[rows, nodes]
 
 
 class ParallelDrafter(Drafter):
@@ -142,12 +181,10 @@ class ParallelDrafter(Drafter):
             return [[] for _ in requests], None
         rows = torch.arange(len(at), device=hidden.device)
         states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
-        if changes(requests, new) is None:
-            drafts, proposed = self.stepper.pick_drafts(states, keys)
-            return drafts.tolist(), proposed
-        return chained(
-            self.drafts, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys
-        )
+        if changes(requests, lambda row: ()) is None:
+            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks)
+            return self.placed(candidates.tolist()), proposed
+        return chained(self, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys)
 
 
 class SequentialDrafter(Drafter):
@@ -214,30 +251,36 @@ class SequentialDrafter(Drafter):
             state = self.stepper.draft(picks[-1], state, cache) if picks else state
             return state
 
-        proposal = chained(self.drafts, states, self.stepper, requests, new, keys)
+        proposal = chained(self, states, self.stepper, requests, new, keys)
         cache.roll_back(kept)
         return proposal
 
 
 def chained(
-    count: int,
+    drafter: Drafter,
     states: Callable[[list[Tensor]], Tensor],
     stepper: Stepper,
     requests: Sequence[Request],
     new: Sequence[Sequence[int]],
     keys: Keys,
 ) -> Proposal:
-    """`count` drafts, one after the other, from the states (B, 1, D) that those before them give."""
-    picks: list[Tensor] = []
+    """Drafts, one after the other, from the states (B, 1, D) that the first candidates (B, 1) before them give."""
+    firsts: list[Tensor] = []
+    candidates: list[Tensor] = []
     laws: list[Tensor] = []
-    while len(picks) < count:
-        state = states(picks)
-        drafted = torch.cat(picks, 1).tolist() if picks else [[] for _ in requests]
-        change = changes(requests, [[*tokens, *further] for tokens, further in zip(new, drafted, strict=True)])
-        pick, law = stepper.pick_drafts(state, keys, len(picks), change)
-        picks.append(pick)
+    while len(firsts) < drafter.drafts:
+        state = states(firsts)
+        before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in requests]
+        change = changes(requests, lambda row, before=before: [[*new[row], *before[row]]])  # type: ignore[misc]
+        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks)
+        firsts.append(found[..., 0])
+        candidates.append(found)
         laws.append(law)
-    return torch.cat(picks, 1).tolist(), torch.cat(laws, 1)
+    return drafter.placed(torch.cat(candidates, 1).tolist()), torch.cat(laws, 1)
+
+
+def _pairs(row: list[int], ranks: int) -> list[list[int]]:
+    return [row[at : at + ranks] for at in range(0, len(row), ranks)]
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

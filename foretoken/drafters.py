@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ from foretoken.cache import KVCache
 from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Turn, chained, last_of, padded
 from foretoken.errors import ConfigError
 from foretoken.model import Model, Stepper
-from foretoken.pace import Pace, measured_costs
+from foretoken.pace import WIDTH, Pace, measured_costs
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling
+from foretoken.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ModelDrafter(Drafter):
         def states(picks: list[Tensor]) -> Tensor:
             return self.other.forward(picks[-1], cache, 1)[0][0] if picks else state
 
-        proposal = chained(self.drafts, states, self.other, requests, new, keys)
+        proposal = chained(self, states, self.other, requests, new, keys)
         cache.roll_back(kept)
         return proposal
 
@@ -112,14 +114,21 @@ class LookupDrafter(Drafter):
         texts = ([*request.prompt, *request.ids, *tokens] for request, tokens in zip(requests, new, strict=True))
         return [looked_up(text, self.longest, self.drafts) for text in texts], None
 
-    def turn(self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys) -> Turn:
+    def turn(
+        self,
+        requests: Sequence[Request],
+        tokens: list[list[int]],
+        cache: KVCache,
+        keys: Keys,
+        tree: Tree | None = None,
+    ) -> Turn:
         """See `Drafter`. Its drafts are certain: under rejection, q is 1 for each of them."""
         self.proposed = None
         if keys.rejection and len(tokens[0]) > 1:
             drafted = torch.tensor([row[1:] for row in tokens], device=self.stepper.model.device)
             certain = torch.full((*drafted.shape, keys.vocab_size), float("-inf"), device=drafted.device)
             self.proposed = certain.scatter_(-1, drafted[..., None], 0.0)
-        return super().turn(requests, tokens, cache, keys)
+        return super().turn(requests, tokens, cache, keys, tree)
 
 
 def looked_up(text: Sequence[int], longest: int, count: int) -> list[int]:
@@ -153,9 +162,12 @@ def step_pace(stepper: Stepper, rows: int, source: Source = None) -> Pace:
         requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
         sampling = Sampling(1.0)
 
-        def step(drafts: int) -> Callable[[], object]:
-            drafter = make_drafter(stepper, drafts, rows, length + 3 * drafts + 2, source)
-            cache = stepper.new_cache(rows, length + 3 * drafts + 2, drafter.heads)
+        def step(drafts: int, tree: Tree | None = None) -> Callable[[], object]:
+            room = length + 3 * drafts + 2 + WIDTH
+            drafter = make_drafter(stepper, drafts, rows, room, source)
+            cache = stepper.new_cache(rows, room, drafter.heads)
+            drafter.tree = tree
+            tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
             keys = Keys(
                 sampling, [0] * rows, [length] * rows, drafts + 1, stepper.config.vocab_size, stepper.model.device
             )
@@ -164,13 +176,25 @@ def step_pace(stepper: Stepper, rows: int, source: Source = None) -> Pace:
                 cache.lengths = [length] * rows
                 if drafter.cache is not None:
                     drafter.cache.lengths = [length] * rows
-                drafter.turn(requests, [[0] * (drafts + 1)] * rows, cache, keys)
+                drafter.turn(requests, tokens, cache, keys, tree)
 
             return run
 
         most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
-        stepper.paces[rows, source] = Pace(measured_costs([step(drafts) for drafts in range(most + 1)]))
+        steps = [step(drafts) for drafts in range(most + 1)]
+        further = WIDTH - 1 if most and not isinstance(source, Lookup) and stepper.config.vocab_size >= WIDTH else 0
+        if further:
+            steps.append(step(most, Tree((*range(most), *[0] * further), (*[0] * most, *range(1, WIDTH)))))
+        costs = measured_costs(steps)
+        row = (costs.pop() - costs[-1]) / further if further else math.inf
+        branching = source is None and not stepper.config.sequential
+        stepper.paces[rows, source] = Pace(costs, row, branching)
     return stepper.paces[rows, source]
+
+
+def tree_pace(stepper: Stepper, drafts: int, source: Source = None) -> Pace:
+    """A pace that only follows acceptance, to grow trees of a given size by."""
+    return Pace([1.0] * (drafts + 1), branching=source is None and not stepper.config.sequential)
 
 
 def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int, source: Source = None) -> Drafter:

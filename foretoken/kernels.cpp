@@ -386,15 +386,16 @@ struct Items {
     const uint64_t* seen;
 };
 
-// A step for each of `rows` rows: `tokens` tokens each, the last committed one and its drafts, and then `drafts` new ones.
+// A step for each of `rows` rows: `tokens` tokens each, the last committed one and its drafts as a tree, and then new
+// drafts for `drafts` places, `ranks` candidates each. Token i hangs on token parent[i] < i, parent[0] is not read.
 // How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token);
 // position[row] is the absolute one of the token behind the row's first.
 struct Turn {
-    int64_t rows, tokens, drafts, rejection;
+    int64_t rows, tokens, drafts, ranks, rejection;
     double temperature;
-    const int64_t *token, *length, *draft_length, *seed, *position;  // (rows, tokens); lengths of the caches' rows
-    int64_t *picked, *accepted, *draft;                              // (rows, tokens), (rows), (rows, drafts)
-    float* logprob;                                                  // (rows, tokens)
+    const int64_t *token, *length, *draft_length, *seed, *position, *parent;  // (rows, tokens); lengths of the caches
+    int64_t *picked, *path, *accepted, *draft;  // (rows, tokens) along the accepted path, (rows), (rows, drafts, ranks)
+    float* logprob;                             // (rows, tokens) along the accepted path
     // With rejection: logits (rows, tokens - 1, V) and (rows, drafts, V) that the old and the new drafts come from.
     const float* proposed;
     float* proposal;
@@ -731,16 +732,19 @@ float log_probability(const float* logits, int64_t V, int64_t token) {
     return logits[token] - most - float(std::log(rest));
 }
 
-// Items that are made here: chains behind what the caches hold.
-struct Chain {
-    std::vector<int64_t> token, row, slot, base;
+// Items that are made here, behind what the caches hold.
+struct Further {
+    std::vector<int64_t> token, row, slot, position, base;
     std::vector<uint64_t> seen;
-    void push(int64_t id, int64_t r, int64_t start, int64_t index) {
-        token.push_back(id), row.push_back(r), slot.push_back(start + index), base.push_back(start);
-        seen.push_back((uint64_t(2) << index) - 1);
+    void push(int64_t id, int64_t r, int64_t start, int64_t index, int64_t depth, uint64_t ancestors) {
+        token.push_back(id), row.push_back(r), slot.push_back(start + index), position.push_back(start + depth);
+        base.push_back(start), seen.push_back(ancestors);
+    }
+    void push(int64_t id, int64_t r, int64_t start, int64_t index) {  // of a chain
+        push(id, r, start, index, index, (uint64_t(2) << index) - 1);
     }
     Items items() const {
-        return {int64_t(token.size()), token.data(), row.data(), slot.data(), slot.data(), base.data(), seen.data()};
+        return {int64_t(token.size()), token.data(), row.data(), slot.data(), position.data(), base.data(), seen.data()};
     }
 };
 
@@ -750,7 +754,8 @@ class Turner {
     const Turn& t;
     const int64_t B, T, K, D, V;
     Runner<W> run;
-    Chain verified, kept, next;
+    Further verified, kept, next;
+    std::vector<int64_t> depth;     // of the tree's nodes
     Buffer<float> z, hidden, states, scores;
     std::vector<int64_t> last;  // the kept item of each row from which its drafts start
 
@@ -758,7 +763,13 @@ class Turner {
     Turner(const Model& model, const Turn& turn)
         : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), run(m, B * (T + K)),
           z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V), last(B) {
-        for (int64_t i = 0; i < B * T; ++i) verified.push(t.token[i], i / T, t.length[i / T], i % T);
+        std::vector<uint64_t> ancestors;
+        for (int64_t i = 0; i < T; ++i) {
+            depth.push_back(i ? depth[t.parent[i]] + 1 : 0);
+            ancestors.push_back((i ? ancestors[t.parent[i]] : 0) | uint64_t(1) << i);
+        }
+        for (int64_t i = 0; i < B * T; ++i)
+            verified.push(t.token[i], i / T, t.length[i / T], i % T, depth[i % T], ancestors[i % T]);
     }
 
     // In a parallel region, like what it calls.
@@ -778,12 +789,14 @@ class Turner {
         if (t.rejection) barrier();
         for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads()) {
             if (t.rejection && i % T > t.accepted[i / T]) continue;
-            if (!t.rejection) t.picked[i] = pick(scores.data() + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + i % T);
+            if (!t.rejection)
+                t.picked[i] = pick(scores.data() + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + depth[i % T]);
             t.logprob[i] = log_probability(scores.data() + i * V, V, t.picked[i]);
         }
         barrier();
 #pragma omp single
         accept(drafter ? t.draft_length : t.length);
+        compact(layers, trunk + 1);
         if (K && drafter) chain(*drafter);
         if (K && !drafter) branch(layers + trunk + 1, heads - 1);
     }
@@ -791,11 +804,33 @@ class Turner {
   private:
     void accept(const int64_t* lengths) {
         for (int64_t b = 0; b < B; ++b) {
-            int64_t a = t.rejection ? t.accepted[b] : 0;
-            while (!t.rejection && a + 1 < T && t.token[b * T + a + 1] == t.picked[b * T + a]) ++a;
+            int64_t *picked = t.picked + b * T, *path = t.path + b * T, a = 0;
+            path[0] = 0;
+            for (int64_t i = 1; i < T; ++i)
+                if (t.rejection ? i <= t.accepted[b] : t.parent[i] == path[a] && t.token[b * T + i] == picked[path[a]])
+                    path[++a] = i;
             t.accepted[b] = a;
-            for (int64_t i = 0; i <= a; ++i) kept.push(t.picked[b * T + i], b, lengths[b], i);
+            for (int64_t i = 0; i <= a; ++i) {
+                picked[i] = picked[path[i]], t.logprob[b * T + i] = t.logprob[b * T + path[i]];
+                kept.push(picked[i], b, lengths[b], i);
+            }
             last[b] = int64_t(kept.token.size()) - 1;
+        }
+    }
+
+    // The accepted nodes' keys and values stand behind each other.
+    void compact(const Layer* layers, int64_t count) {
+        for (Part p(count); p.begin < p.end; ++p.begin) {
+            const Layer& l = layers[p.begin];
+            for (int64_t b = 0; b < B; ++b)
+                for (int64_t i = 1; i <= t.accepted[b]; ++i) {
+                    const int64_t from = t.path[b * T + i];
+                    for (int64_t g = 0; g < m.kv_heads && from != i; ++g)
+                        for (W* side : {(W*)l.keys, (W*)l.values}) {
+                            W* row = side + ((b * m.kv_heads + g) * l.capacity + t.length[b]) * m.head_dim;
+                            std::copy_n(row + from * m.head_dim, m.head_dim, row + i * m.head_dim);
+                        }
+                }
         }
     }
 
@@ -804,7 +839,8 @@ class Turner {
         for (Part p(B); p.begin < p.end; ++p.begin) {
             const int64_t b = p.begin;
             const int64_t count = t.accepted[b] + 1;
-            std::copy_n(z.data() + b * T * D, count * D, states.data() + (last[b] + 1 - count) * D);
+            for (int64_t i = 0; i < count; ++i)
+                std::copy_n(z.data() + (b * T + t.path[b * T + i]) * D, D, states.data() + (last[b] + 1 - count + i) * D);
         }
         barrier();
     }
@@ -824,8 +860,8 @@ class Turner {
             if (d + 1 == K) break;
 #pragma omp single
             {
-                next = Chain();
-                for (int64_t b = 0; b < B; ++b) next.push(t.draft[b * K + d], b, kept.slot[last[b]] + 1, d);
+                next = Further();
+                for (int64_t b = 0; b < B; ++b) next.push(t.draft[(b * K + d) * t.ranks], b, kept.slot[last[b]] + 1, d);
             }
             run.block(layer, next.items(), hidden.data(), true);
         }
@@ -846,10 +882,15 @@ class Turner {
             propose(scores.data() + i * V, i / heads, i % heads);
     }
 
-    void propose(const float* logits, int64_t b, int64_t d) {
+    // The best candidates for place d, one after the other; the logits of those found are spent.
+    void propose(float* logits, int64_t b, int64_t d) {
         const uint64_t seed = uint64_t(t.seed[b]) ^ (t.rejection ? DRAFT : 0);
-        t.draft[b * K + d] = pick(logits, V, t.temperature, seed, t.position[b] + t.accepted[b] + 1 + d);
         if (t.rejection) std::copy_n(logits, V, t.proposal + (b * K + d) * V);
+        for (int64_t r = 0; r < t.ranks; ++r) {
+            const int64_t found = pick(logits, V, t.temperature, seed, t.position[b] + t.accepted[b] + 1 + d);
+            t.draft[(b * K + d) * t.ranks + r] = found;
+            logits[found] = -INFINITY;
+        }
     }
 };
 

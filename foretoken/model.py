@@ -21,6 +21,7 @@ from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
 from foretoken.processors import Change
 from foretoken.sampling import Keys, filtered, rejection
+from foretoken.tree import Tree
 
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
@@ -187,8 +188,8 @@ class Stepper:
         return KVCache(1, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
-        """Run tokens (B, T) behind what the cache holds.
+    def forward(self, tokens: Tensor, cache: KVCache, heads: int, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
+        """Run tokens (B, T) behind what the cache holds, as a chain, or as the nodes of a tree.
 
         Returns the first `heads` heads' states (heads, B, T, D) and the trunk's output (B, T, D), none of them
         normalised. The cache then holds all T positions: roll back those that are not kept.
@@ -196,9 +197,9 @@ class Stepper:
         T = tokens.size(1)
         self.grow_tables(cache)
         if self.native is not None and T <= MOST_TOKENS:
-            return self.native.forward(tokens.tolist(), cache, heads)
+            return self.native.forward(tokens.tolist(), cache, heads, tree)
         positions = cache.positions(T)
-        context = self._context(positions, cache)
+        context = self._context(positions, cache, tree)
         x = F.embedding(tokens, self.model.embed_tokens.weight)[None]  # (1, B, T, D)
         for index, stack in enumerate(self.trunk):
             x = stack.forward(x, context, positions, cache, index, 1)
@@ -207,13 +208,14 @@ class Stepper:
         return hidden, x[0]
 
     def pick_targets(
-        self, states: Tensor, keys: Keys, change: Change | None = None
+        self, states: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The target's own tokens (B, k) and their log-probabilities from head 1's states (B, k, D).
 
-        change: of the logits that tokens are picked by. Log-probabilities are the model's own.
+        change: of the logits that tokens are picked by. Log-probabilities are the model's own. places: which of the
+        next tokens these are, by default the first k.
         """
-        return pick_targets(self.logits(states), keys, change)
+        return pick_targets(self.logits(states), keys, change, places)
 
     def reject(
         self, states: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys, change: Change | None = None
@@ -224,15 +226,15 @@ class Stepper:
         return tokens, logprobs_of(logits, torch.tensor(tokens, device=logits.device)), accepted
 
     def pick_drafts(
-        self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None
+        self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None, ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Drafts (B, k), the first of them number `first` of its step, from their heads' states (B, k, D).
+        """Candidates (B, k, ranks) for drafts, the first number `first` of its step, from heads' states (B, k, D).
 
         Also the logits (B, k, V) of the law they are picked by, which acceptance by rejection needs.
         """
         logits = self.logits(states)
         logits = change(logits) if change else logits
-        drafts = keys.choose_drafts(logits, first)
+        drafts = keys.choose_drafts(logits, first, ranks)
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
 
     @torch.inference_mode()
@@ -267,20 +269,30 @@ class Stepper:
         if self.native is not None:
             self.native.use_tables(self.tables)
 
-    def _context(self, positions: Tensor, cache: KVCache) -> Context:
+    def _context(self, positions: Tensor, cache: KVCache, tree: Tree | None = None) -> Context:
+        """For tokens at slots `positions` (B, T), which are their rotary positions, too, where they are no tree."""
         assert self.tables is not None
+        count, device = positions.size(1), positions.device
+        slots = torch.arange(max(cache.lengths) + count, device=device)
+        visible = slots <= positions[:, :, None]  # (B, T, S)
+        if tree is not None:
+            own = torch.tensor([[seen >> node & 1 for node in range(count)] for seen in tree.ancestors], device=device)
+            visible &= slots < positions[:, :1, None]
+            for row, start in enumerate(cache.lengths):
+                visible[row, :, start : start + count] = own > 0
+            positions = positions[:, :1] + torch.tensor(tree.depths, device=device)
         cos, sin = (table[positions].to(self.model.dtype) for table in self.tables)  # (B, T, H)
         if positions.size(1) == 1 and min(cache.lengths) == max(cache.lengths):
             return Context(cos, sin)  # the only query sees all there is
-        slots = torch.arange(max(cache.lengths) + positions.size(1), device=positions.device)
-        visible = slots <= positions[:, :, None]  # (B, T, S)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
 
 
-def pick_targets(logits: Tensor, keys: Keys, change: Change | None = None) -> tuple[list[list[int]], list[list[float]]]:
+def pick_targets(
+    logits: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
     """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
-    tokens = keys.choose(change(logits) if change else logits)
+    tokens = keys.choose(change(logits) if change else logits, places)
     return tokens.tolist(), logprobs_of(logits, tokens)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.layers import BlockStack, SequentialStack
 from foretoken.sampling import Keys
+from foretoken.tree import Tree, chain
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -55,9 +56,9 @@ _Layer = _structure(
 _Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
 _Turn = _structure(
     "_Turn",
-    sizes=("rows tokens drafts rejection", _INT),
+    sizes=("rows tokens drafts ranks rejection", _INT),
     temperature=("temperature", _REAL),
-    arrays=("token length draft_length seed position picked accepted draft logprob proposed proposal", _AT),
+    arrays=("token length draft_length seed position parent picked path accepted draft logprob proposed proposal", _AT),
 )
 
 
@@ -155,11 +156,13 @@ class Native:
             self.tables = tables  # their addresses stand in the structure
             self.model.cos, self.model.sin = (table.data_ptr() for table in tables)
 
-    def forward(self, tokens: list[list[int]], cache: KVCache, heads: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: list[list[int]], cache: KVCache, heads: int, tree: Tree | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Stepper.forward`."""
         B, T = len(tokens), len(tokens[0])
         hidden, z = torch.empty(heads, B, T, self.width), torch.empty(B, T, self.width)
-        items, memory = _items(tokens, cache)
+        items, memory = _items(tokens, cache, tree)
         self.library.foretoken_forward(
             ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(heads), ctypes.byref(items),
             _AT(z.data_ptr()), _AT(hidden.data_ptr()),
@@ -196,41 +199,46 @@ class Native:
         keys: Keys,
         drafts: int,
         proposed: Tensor | None,
-    ) -> tuple[list[list[int]], list[list[float]], list[int], list[list[int]], Tensor | None]:
-        """A whole step without filters: the target's tokens (B, T) behind `tokens` and their log-probabilities, how
-        many drafts of each row they accept, and the next K drafts (B, K).
+        tree: Tree | None = None,
+        ranks: int = 1,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
+        """A whole step without filters, for tokens (B, T) that hang together as `tree` says, by default as a chain.
 
+        Returns the target's tokens (B, T) behind the accepted nodes and their log-probabilities (what stands behind
+        these means nothing), the accepted nodes of each row, and the next candidates (B, K x ranks), place by place.
         drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted. For
         acceptance by rejection, proposed (B, T - 1, V) are the logits that the drafts in `tokens` come from; the last
         that is returned are those of the new ones.
         """
         B, T, K = len(tokens), len(tokens[0]), drafts
+        parents = range(-1, T - 1) if tree is None else (-1, *tree.parents)
         behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
         assert max(behind) + T + K <= cache.capacity, "cache is full"
         flat = [token for row in tokens for token in row]
-        given = _array(_INT, B * (T + 4))(*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions)
-        found, logprobs = _array(_INT, B * (T + 1 + K))(), _array(ctypes.c_float, B * T)()
+        given = _array(_INT, B * (T + 4) + T)(*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions, *parents)
+        found, logprobs = _array(_INT, B * (2 * T + 1 + K * ranks))(), _array(ctypes.c_float, B * T)()
         at, to = ctypes.addressof(given), ctypes.addressof(found)
         rejection = keys.rejection and (T == 1 or proposed is not None)
         proposal = torch.empty(B, K, self.vocabulary) if rejection else None
         if proposed is not None:
             proposed = proposed.float().contiguous()
         turn = _Turn(
-            B, T, K, int(rejection), keys.sampling.temperature,
-            at, *(at + 8 * B * (T + column) for column in range(4)),
-            to, to + 8 * B * T, to + 8 * B * (T + 1), ctypes.addressof(logprobs),
+            B, T, K, ranks, int(rejection), keys.sampling.temperature,
+            at, *(at + 8 * B * (T + column) for column in range(5)),
+            to, to + 8 * B * T, to + 16 * B * T, to + 8 * B * (2 * T + 1), ctypes.addressof(logprobs),
             *(None if tensor is None else tensor.data_ptr() for tensor in (proposed, proposal)),
         )  # fmt: skip
         self.library.foretoken_turn(
             ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(1 if drafts_cache else K + 1),
             ctypes.byref(self._drafting(drafts_cache)) if drafts_cache else None, ctypes.byref(turn),
         )  # fmt: skip
-        accepted = found[B * T : B * (T + 1)]
+        accepted = found[2 * B * T : B * (2 * T + 1)]
         for held in (cache, drafts_cache):
             if held is not None:
                 held.lengths = [length + count + 1 for length, count in zip(held.lengths, accepted, strict=True)]
-        new = _rows(found[B * (T + 1) :], K, B)
-        return _rows(found[: B * T], T, B), _rows(logprobs[:], T, B), accepted, new, proposal
+        paths = [path[: count + 1] for path, count in zip(_rows(found[B * T : 2 * B * T], T, B), accepted, strict=True)]
+        new = _rows(found[B * (2 * T + 1) :], K * ranks, B)
+        return _rows(found[: B * T], T, B), _rows(logprobs[:], T, B), paths, new, proposal
 
     def _reading(self, cache: KVCache) -> Any:
         if self.layers[0] != (where := _where(cache)):
@@ -269,19 +277,20 @@ def _layer(stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
     )
 
 
-def _items(tokens: list[list[int]], cache: KVCache) -> tuple[Any, Any]:
-    """Items of T tokens for each row of a cache, a chain behind what it holds; and the memory they lie in."""
+def _items(tokens: list[list[int]], cache: KVCache, tree: Tree | None = None) -> tuple[Any, Any]:
+    """Items of T tokens for each row of a cache, behind what it holds; and the memory they lie in."""
     count = len(tokens[0])
     assert max(cache.lengths) + count <= cache.capacity, "cache is full"
-    ids, rows, slots, bases = list[int](), list[int](), list[int](), list[int]()
+    tree = chain(count - 1) if tree is None else tree
+    ids, rows, slots, positions, bases = list[int](), list[int](), list[int](), list[int](), list[int]()
     for row, (start, new) in enumerate(zip(cache.lengths, tokens, strict=True)):
         ids += new
         rows += [row] * count
         slots += range(start, start + count)
+        positions += [start + depth for depth in tree.depths]
         bases += [start] * count
-    seen = [(2 << index) - 1 for index in range(count)] * len(tokens)
     R = len(ids)
-    memory = _array(_INT, 6 * R)(*ids, *rows, *slots, *slots, *bases, *seen)
+    memory = _array(_INT, 6 * R)(*ids, *rows, *slots, *positions, *bases, *tree.ancestors * len(tokens))
     start = ctypes.addressof(memory)
     return _Items(R, *range(start, start + 48 * R, 8 * R)), memory
 

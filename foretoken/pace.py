@@ -13,38 +13,96 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+from foretoken.tree import Tree, chain, grown
+
 MEMORY, LONG_MEMORY = 48.0, 1000.0  # steps that are remembered, within a batch and of all
 BEGINNING = 12.0  # steps that those before a batch are worth
 HOPE = 3.0  # steps in which, it is assumed at first, the first draft was accepted
 PROBE_EVERY = 8  # requests, where drafts have not paid
 ROUND = 0.003  # seconds, at least, of a step's measurement
 DOUBT = 1.0  # standard errors
+GUESS = 0.3  # of what is left, the next candidate's share, before anything is known
+WIDTH, MOST_NODES = 4, 16  # of a tree: candidates for a place, and nodes
 GAIN = 1.02  # another K must promise this much
 
 
 class Pace:
-    """Chooses K from costs[K], seconds of a step with K drafts, and from what `record` has seen."""
+    """Chooses K from costs[K], seconds of a step with K drafts, and from what `record` has seen.
 
-    def __init__(self, costs: Sequence[float]) -> None:
-        self.costs = list(costs)
+    row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children.
+    """
+
+    def __init__(self, costs: Sequence[float], row: float = math.inf, branching: bool = True) -> None:
+        self.costs, self.row, self.branching = list(costs), row, branching
         self.best = len(costs) - 1
         self.accepted, self.tried = [HOPE] + [0.0] * self.best, [HOPE] + [0.0] * self.best
         self.all_accepted, self.all_tried = list(self.accepted), list(self.tried)
+        # Of further candidates, by depth and rank: how often they were right where those before them were not.
+        self.others = [[[2 * GUESS, 2.0] for _ in range(WIDTH)] for _ in costs]
         self.refused = 0  # requests that began without drafts
 
-    def record(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """A step of rows with `drafted` (B) drafts, of which the first `accepted` (B) were right."""
-        for depth in range(max(drafted)):
-            rows = [
-                right > depth for had, right in zip(drafted, accepted, strict=True) if had > depth and right >= depth
-            ]
+    def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]]) -> None:
+        """A step of rows whose drafts were `trees` (B), of which the nodes `paths` (B) were accepted."""
+        for depth in range(max(tree.depths[-1] for tree in trees)):
+            rows = []
+            for tree, path in zip(trees, paths, strict=True):
+                if depth >= len(path):
+                    continue  # what hung there was never asked
+                ranks = {
+                    rank: node + 1
+                    for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks, strict=True))
+                    if parent == path[depth]
+                }
+                right = path[depth + 1] if depth + 1 < len(path) else None
+                if 0 in ranks:
+                    rows.append(ranks[0] == right)
+                for rank in range(1, WIDTH) if ranks.get(0) != right or right is None else ():
+                    if rank in ranks:
+                        seen = self.others[depth][rank]
+                        seen[0] = seen[0] * (1 - 1 / LONG_MEMORY) + (ranks[rank] == right)
+                        seen[1] = seen[1] * (1 - 1 / LONG_MEMORY) + 1
+                        if ranks[rank] == right:
+                            break
             if rows:
-                for memory, tried, right in (
+                for memory, tried, accepted in (
                     (MEMORY, self.tried, self.accepted), (LONG_MEMORY, self.all_tried, self.all_accepted)
                 ):  # fmt: skip
                     keep = (1 - 1 / memory) ** len(rows)
                     tried[depth] = tried[depth] * keep + len(rows)
-                    right[depth] = right[depth] * keep + sum(rows)
+                    accepted[depth] = accepted[depth] * keep + sum(rows)
+
+    def rate(self, depth: int, rank: int) -> float:
+        """How often a candidate for the place `depth` behind a right token, from 1 on, is the right one."""
+        index = min(depth, len(self.tried)) - 1
+        while index and not self.tried[index]:
+            index -= 1  # what is untried is as the place before it
+        first = self.accepted[index] / self.tried[index] if self.tried[index] else GUESS
+        odds = 1 - first if rank else first
+        for before in range(1, rank + 1):
+            right, tried = self.others[index][before]
+            odds *= right / tried if before == rank else 1 - right / tried
+        return odds
+
+    def tree(self, drafts: int, nodes: int | None = None) -> Tree | None:
+        """The tree of `nodes` nodes and at most `drafts` places, or of as many as pay; None is a chain of `drafts`."""
+        if not drafts or (nodes is None and not math.isfinite(self.row)):
+            return None
+        best, speed = None, GAIN * self.tokens_per_step(drafts) / self.costs[drafts]
+        for tree in grown(MOST_NODES if nodes is None else nodes, drafts, WIDTH, self.branching, self.rate):
+            count = len(tree.parents)
+            cost = self.costs[max(tree.depths)] + self.row * max(0, count - max(tree.depths))
+            if nodes is None and (found := self.expected(tree) / cost) > speed:
+                best, speed = tree, found
+            elif nodes is not None:
+                best = tree
+        return None if best is None or best == chain(drafts) else best
+
+    def expected(self, tree: Tree) -> float:
+        """Tokens per step with a tree."""
+        odds = [1.0]
+        for parent, rank in zip(tree.parents, tree.ranks, strict=True):
+            odds.append(odds[parent] * self.rate(tree.depths[len(odds)], rank))
+        return sum(odds)
 
     def tokens_per_step(self, drafts: int, doubt: float = 0.0) -> float:
         """Expected with so many drafts; doubt: by how many standard errors rates may be better than they looked."""

@@ -120,20 +120,20 @@ class Processed(Protocol):
     processors: Processors | None
 
 
-def changes(requests: Sequence[Processed], further: Sequence[Sequence[int]]) -> Change | None:
-    """What the requests' processors make of logits (B, k, V), the last of them behind ids + further of each request.
+def changes(requests: Sequence[Processed], further: Callable[[int], Sequence[Sequence[int]]]) -> Change | None:
+    """What the requests' processors make of logits (B, k, V); None where no request has any.
 
-    None where no request has any. `further` (B): tokens that are not committed yet.
+    further(row): for each of its k places the tokens before it that are not committed yet.
     """
     if all(request.processors is None for request in requests):
         return None
 
     def change(logits: Tensor) -> Tensor:
         changed = logits.clone()
-        for row, (request, tokens) in enumerate(zip(requests, further, strict=True)):
-            for index in range(logits.size(1)) if request.processors is not None else ():
-                before = tokens[: len(tokens) - (logits.size(1) - 1 - index)]
-                changed[row, index] = request.processors.apply(logits[row, index], request.ids, before)  # type: ignore[union-attr]
+        for row, request in enumerate(requests):
+            if request.processors is not None:
+                for index, tokens in enumerate(further(row)):
+                    changed[row, index] = request.processors.apply(logits[row, index], request.ids, tokens)
         return changed
 
     return change

@@ -110,15 +110,19 @@ class Keys:
         positions = [first + passed for first, passed in zip(self.positions, counts, strict=True)]
         return replace(self, positions=positions, count=count)
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The target's tokens (B, k) from its logits (B, k, V)."""
-        noise = None if self.noise is None else self.noise[:, : logits.size(1)]
+    def choose(self, logits: Tensor, places: Sequence[int] | None = None) -> Tensor:
+        """The target's tokens (B, k) from its logits (B, k, V); places: which of the next these are, else the first k."""
+        chosen = slice(logits.size(1)) if places is None else list(places)
+        noise = None if self.noise is None else self.noise[:, chosen]
         return choose(logits, noise, self.sampling)
 
-    def choose_drafts(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Drafts (B, k) from logits (B, k, V), the first of them number `first` of its step."""
+    def choose_drafts(self, logits: Tensor, first: int = 0, ranks: int = 1) -> Tensor:
+        """The best candidates (B, k, ranks) for drafts from logits (B, k, V), the first number `first` of its step."""
         noise = None if self.draft_noise is None else self.draft_noise[:, first : first + logits.size(1)]
-        return choose(logits, noise, self.sampling)
+        if ranks == 1:
+            return choose(logits, noise, self.sampling)[..., None]
+        kept = filtered(logits, self.sampling)
+        return (kept if noise is None else kept + noise.to(kept.dtype)).topk(ranks, -1).indices
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -210,13 +214,3 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-
-def accepted(drafts: list[int], picked: list[int]) -> int:
-    """How many drafts are accepted: the longest prefix in which each draft is the token that the target picks there."""
-    count = 0
-    for draft, token in zip(drafts, picked, strict=False):
-        if draft != token:
-            break
-        count += 1
-    return count

@@ -34,6 +34,7 @@ ORDER = [
     "sampling",
     "layers",
     "heads",
+    "tree",
     "native",
     "pace",
     "processors",
