@@ -13,14 +13,20 @@ from foretoken import decode as decoding
 from foretoken.drafters import step_pace
 from foretoken.pace import PROBE_EVERY, Pace, measured_costs
 from foretoken.sampling import Sampling
+from foretoken.tree import chain
 
 CHEAP, DEAR = [1.0, 1.1, 1.2, 1.3], [1.0, 2.1, 3.1, 4.1]
+
+
+def record(pace: Pace, drafted: int, right: int) -> None:
+    """A step of one row with a chain of drafts, the first `right` of them accepted."""
+    pace.record([chain(drafted)], [range(right + 1)])
 
 
 def after(costs: Sequence[float], accepted: int, steps: int = 60) -> Pace:
     pace = Pace(costs)
     for _ in range(steps):
-        pace.record([3], [accepted])
+        record(pace, 3, accepted)
     return pace
 
 
@@ -29,7 +35,7 @@ def test_the_best_expected_speed_is_taken() -> None:
     pace = Pace([1.0, 1.2, 1.5, 1.9])
     for _ in range(100):
         for accepted in (0, 1, 2, 2, 1, 2, 0, 1):
-            pace.record([3], [accepted])
+            record(pace, 3, accepted)
     assert pace.tokens_per_step(1) == pytest.approx(1.75, abs=0.08)
     assert pace.tokens_per_step(2) == pytest.approx(2.125, abs=0.1)
     assert pace.tokens_per_step(3) == pytest.approx(pace.tokens_per_step(2), abs=0.02)
@@ -52,7 +58,7 @@ def test_what_has_not_paid_is_tried_again_now_and_then() -> None:
     assert sum(begun) == 3
     assert set(begun) == {0, 1}
     for _ in range(60):
-        pace.record([1], [1])
+        record(pace, 1, 1)
     assert pace.choose(3) > 0
 
 
@@ -60,11 +66,11 @@ def test_one_text_does_not_speak_for_the_next() -> None:
     """A text that refuses drafts stops them for itself; the next begins with what all of them gave."""
     pace = after([1.0, 1.3, 1.6, 1.9], 3, 400)
     for _ in range(100):
-        pace.record([3], [0])
+        record(pace, 3, 0)
     assert pace.choose(3) == 0
     assert pace.begin(3) == 3
     for _ in range(2000):
-        pace.record([3], [0])
+        record(pace, 3, 0)
     assert pace.begin(3) == 0
 
 
@@ -72,9 +78,9 @@ def test_bad_luck_stops_no_heads() -> None:
     """Nor do three refusals in a row where half of the drafts are right."""
     pace = Pace([1.0, 1.3])
     for step in range(100):
-        pace.record([1], [step % 2])
+        record(pace, 1, step % 2)
     for _ in range(3):
-        pace.record([1], [0])
+        record(pace, 1, 0)
     assert pace.choose(1) == 1
 
 

@@ -13,7 +13,7 @@ from invariants import ALPHA, Violation, follows, slow_probabilities
 from scipy.stats import chisquare, kstest
 
 from foretoken.errors import ConfigError
-from foretoken.sampling import Sampling, accepted, filtered, gumbel, pick
+from foretoken.sampling import Sampling, filtered, gumbel, pick
 
 LOGITS = st.lists(st.integers(-64, 64).map(lambda x: x / 8), min_size=1, max_size=9)  # equal, or clearly not
 SAMPLINGS = st.builds(
@@ -204,10 +204,3 @@ def test_chi_square_pools_rare_cells_and_forbids_impossible_ones() -> None:
 
 
 # Acceptance
-
-
-def test_accepted_worked_examples() -> None:
-    assert accepted([], [4]) == 0
-    assert accepted([4, 5, 6], [4, 5, 6, 7]) == 3
-    assert accepted([4, 5, 6], [4, 9, 6, 7]) == 1  # what agrees behind a miss was conditioned on the miss
-    assert accepted([4, 5, 6], [9, 4, 5, 6]) == 0

@@ -32,6 +32,7 @@ from foretoken import model as stepping
 from foretoken.cache import KVCache
 from foretoken.model import Model, Stepper
 from foretoken.sampling import Keys, Sampling
+from foretoken.tree import Tree
 
 SOFT = Sampling(1.0)
 Check = Callable[[], None]
@@ -253,16 +254,16 @@ def soft_at_temperature_zero(patch: Patch) -> None:
 
 
 def accepts_everything(patch: Patch) -> None:
-    def accepted(drafts: list[int], picked: list[int]) -> int:
+    def walk(tree: Tree, drafts: list[int], picked: list[int]) -> list[int]:
         picked[: len(drafts)] = drafts
-        return len(drafts)
+        return list(range(len(drafts) + 1))
 
-    patch.setattr(drafting, "accepted", accepted)
+    patch.setattr(Tree, "walk", walk)
 
 
 def accepts_then_redraws(patch: Patch) -> None:
     """A draft is accepted when it equals the target's draw; if not, another draw is emitted."""
-    real_targets, real_accepted = stepping.pick_targets, drafting.accepted
+    real_targets, real_walk = stepping.pick_targets, Tree.walk
     redraws: dict[int, list[int]] = {}
 
     def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
@@ -272,19 +273,19 @@ def accepts_then_redraws(patch: Patch) -> None:
         redraws.update({id(row): again for row, again in zip(tokens, fresh.tolist(), strict=True)})
         return tokens, logprobs
 
-    def accepted(drafts: list[int], picked: list[int]) -> int:
-        count = real_accepted(drafts, picked)
-        if count < len(drafts):
-            picked[count] = redraws[id(picked)][count]
-        return count
+    def walk(tree: Tree, drafts: list[int], picked: list[int]) -> list[int]:
+        path = real_walk(tree, drafts, picked)
+        if len(path) <= len(drafts):
+            picked[len(path) - 1] = redraws[id(picked)][len(path) - 1]
+        return path
 
     patch.setattr(stepping, "pick_targets", pick_targets)
-    patch.setattr(drafting, "accepted", accepted)
+    patch.setattr(Tree, "walk", walk)
 
 
 def accepts_any_likely_draft(patch: Patch) -> None:
     """A draft is accepted where the target gives it a twentieth: "typical" acceptance, which changes the law."""
-    real_targets, real_accepted = stepping.pick_targets, drafting.accepted
+    real_targets, real_walk = stepping.pick_targets, Tree.walk
     likely: dict[int, list[list[bool]]] = {}
 
     def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
@@ -293,14 +294,14 @@ def accepts_any_likely_draft(patch: Patch) -> None:
         likely.update({id(row): allowed for row, allowed in zip(tokens, rows, strict=True)})
         return tokens, logprobs
 
-    def accepted(drafts: list[int], picked: list[int]) -> int:
+    def walk(tree: Tree, drafts: list[int], picked: list[int]) -> list[int]:
         for k, draft in enumerate(drafts):
             if likely[id(picked)][k][draft]:
                 picked[k] = draft
-        return real_accepted(drafts, picked)
+        return real_walk(tree, drafts, picked)
 
     patch.setattr(stepping, "pick_targets", pick_targets)
-    patch.setattr(drafting, "accepted", accepted)
+    patch.setattr(Tree, "walk", walk)
 
 
 def drafts_of_another_row(patch: Patch) -> None:
