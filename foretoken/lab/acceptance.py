@@ -39,8 +39,8 @@ def likeliest_drafts() -> Iterator[None]:
     """Drafts are their heads' most likely tokens."""
     real = Keys.choose_drafts
 
-    def choose(keys: Keys, logits: Tensor, first: int = 0) -> Tensor:
-        return logits.argmax(-1)
+    def choose(keys: Keys, logits: Tensor, first: int = 0, ranks: int = 1) -> Tensor:
+        return logits.argmax(-1, keepdim=True)
 
     Keys.choose_drafts = choose  # type: ignore[method-assign, assignment]
     try:
