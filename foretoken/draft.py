@@ -22,8 +22,8 @@ Proposal = tuple[list[list[int]], Tensor | None]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a step gave. Of each row: the accepted nodes, node 0 first; the tokens that the target picks behind them (what
-    follows means nothing) and their log-probabilities; the next drafts. And the noise that these are verified with."""
+    """What a step gave. Of each row: the accepted nodes, node 0 first; the tokens that the target picks behind them
+    (what follows means nothing) and their log-probabilities; the next drafts. And the noise these are verified with."""
 
     picked: list[list[int]]
     logprobs: list[list[float]]
@@ -38,7 +38,8 @@ class Drafter:
     heads: how many heads the model's own forward must run for it, head 1 included. cache: the drafter's own, if any.
     proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
     tree: the shape of the next drafts; None is a chain of K. compiled: whether `turn` may run as one compiled call.
-    heads_draft: whether the model's own heads draft, which is then part of that call; other drafters are asked behind it and get no states.
+    heads_draft: whether the model's own heads draft, which is then part of that call; other drafters are asked
+    behind it and get no states.
     """
 
     heads = 1
@@ -111,7 +112,7 @@ class Drafter:
         keys: Keys,
         tree: Tree | None = None,
     ) -> Turn:
-        """Run the model on `tokens` (B, T), each row's last one and its drafts as a tree or chain; accept, and draft on."""
+        """Run the model on `tokens` (B, T), each row's last one and its drafts; accept, and draft on."""
         native = self.stepper.native
         inside = self.drafts if self.heads_draft else 0
         shape = chain(len(tokens[0]) - 1) if tree is None else tree

@@ -111,7 +111,7 @@ class Keys:
         return replace(self, positions=positions, count=count)
 
     def choose(self, logits: Tensor, places: Sequence[int] | None = None) -> Tensor:
-        """The target's tokens (B, k) from its logits (B, k, V); places: which of the next these are, else the first k."""
+        """The target's tokens (B, k) from its logits (B, k, V); places: which of the next ones."""
         chosen = slice(logits.size(1)) if places is None else list(places)
         noise = None if self.noise is None else self.noise[:, chosen]
         return choose(logits, noise, self.sampling)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from invariants import Violation, counts_add_up, logprobs_are_targets, require, same_output, sampling_law
+from invariants import counts_add_up, logprobs_are_targets, same_output, sampling_law
 from test_decode import PROMPTS
 
 from foretoken import decode as decoding
@@ -190,11 +190,9 @@ def test_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
             return type(wrong)(right.cos, right.sin, wrong.mask)
 
         monkeypatch.setattr(Stepper, "_context", context)
-    with pytest.raises(Violation):
-        found = decoded(model, 3, SOFT, 9, more=10)
-        require([r.ids for r in found] == [r.ids for r in plain], "other ids")
-        for a, b in zip(found, plain, strict=True):
-            same_output(a, b, 1e-9)
+    found = decoded(model, 3, SOFT, 9, more=10)
+    gaps = [abs(x - y) for a, b in zip(found, plain, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=False)]
+    assert [r.ids for r in found] != [r.ids for r in plain] or max(gaps) > 1e-6
 
 
 def test_the_pace_learns_what_candidates_are_worth() -> None:
@@ -228,7 +226,7 @@ def test_trees_that_pay_are_taken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     for dtype in (torch.float64, torch.float32):
         model = small(kind, dtype)
         plain = decoded(model, 0, SOFT, None, more=6)
-        pace = Pace([1.0, 1.05, 1.1, 1.15], 0.001, kind == "parallel")
+        pace = Pace([1.0, 1.001, 1.002, 1.003], 0.0001, kind == "parallel")
         monkeypatch.setattr(decoding, "step_pace", lambda *_, pace=pace: pace)
         found = decoded(model, None, SOFT, None, more=6)
         assert max(len(step.drafted) for r in found for step in r.steps) > 4
