@@ -44,32 +44,32 @@ class Pace:
     def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]]) -> None:
         """A step of rows whose drafts were `trees` (B), of which the nodes `paths` (B) were accepted."""
         for depth in range(max(tree.depths[-1] for tree in trees)):
-            rows = []
+            asked = first = 0
             for tree, path in zip(trees, paths, strict=True):
                 if depth >= len(path):
                     continue  # what hung there was never asked
-                ranks = {
-                    rank: node + 1
-                    for node, (parent, rank) in enumerate(zip(tree.parents, tree.ranks, strict=True))
-                    if parent == path[depth]
-                }
-                right = path[depth + 1] if depth + 1 < len(path) else None
-                if 0 in ranks:
-                    rows.append(ranks[0] == right)
-                for rank in range(1, WIDTH) if ranks.get(0) != right or right is None else ():
-                    if rank in ranks:
-                        seen = self.others[depth][rank]
-                        seen[0] = seen[0] * (1 - 1 / LONG_MEMORY) + (ranks[rank] == right)
-                        seen[1] = seen[1] * (1 - 1 / LONG_MEMORY) + 1
-                        if ranks[rank] == right:
-                            break
-            if rows:
+                below, right = tree.children[path[depth]], path[depth + 1] if depth + 1 < len(path) else 0
+                if 0 in below:
+                    asked += 1
+                    first += below[0] == right
+                if len(below) > 1 and below.get(0) != right:
+                    self._record_others(depth, below, right)
+            if asked:
                 for memory, tried, accepted in (
                     (MEMORY, self.tried, self.accepted), (LONG_MEMORY, self.all_tried, self.all_accepted)
                 ):  # fmt: skip
-                    keep = (1 - 1 / memory) ** len(rows)
-                    tried[depth] = tried[depth] * keep + len(rows)
-                    accepted[depth] = accepted[depth] * keep + sum(rows)
+                    keep = (1 - 1 / memory) ** asked
+                    tried[depth] = tried[depth] * keep + asked
+                    accepted[depth] = accepted[depth] * keep + first
+
+    def _record_others(self, depth: int, below: dict[int, int], right: int) -> None:
+        for rank in range(1, WIDTH):
+            if rank in below:
+                seen = self.others[depth][rank]
+                seen[0] = seen[0] * (1 - 1 / LONG_MEMORY) + (below[rank] == right)
+                seen[1] = seen[1] * (1 - 1 / LONG_MEMORY) + 1
+                if below[rank] == right:
+                    return
 
     def rate(self, depth: int, rank: int) -> float:
         """How often a candidate for the place `depth` behind a right token, from 1 on, is the right one."""
@@ -87,22 +87,18 @@ class Pace:
         """The tree of `nodes` nodes and at most `drafts` places, or of as many as pay; None is a chain of `drafts`."""
         if not drafts or (nodes is None and not math.isfinite(self.row)):
             return None
-        best, speed = None, GAIN * self.tokens_per_step(drafts) / self.costs[drafts]
-        for tree in grown(MOST_NODES if nodes is None else nodes, drafts, WIDTH, self.branching, self.rate):
-            count = len(tree.parents)
-            cost = self.costs[max(tree.depths)] + self.row * max(0, count - max(tree.depths))
-            if nodes is None and (found := self.expected(tree) / cost) > speed:
-                best, speed = tree, found
-            elif nodes is not None:
-                best = tree
-        return None if best is None or best == chain(drafts) else best
-
-    def expected(self, tree: Tree) -> float:
-        """Tokens per step with a tree."""
-        odds = [1.0]
-        for parent, rank in zip(tree.parents, tree.ranks, strict=True):
-            odds.append(odds[parent] * self.rate(tree.depths[len(odds)], rank))
-        return sum(odds)
+        tree, odds = grown(MOST_NODES if nodes is None else nodes, drafts, WIDTH, self.branching, self.rate)
+        count = len(odds)
+        if nodes is None:
+            best, count = GAIN * self.tokens_per_step(drafts) / self.costs[drafts], 0
+            expected, deepest = 1.0, 0
+            for number, share in enumerate(odds, 1):
+                expected, deepest = expected + share, max(deepest, tree.depths[number])
+                speed = expected / (self.costs[deepest] + self.row * (number - deepest))
+                if speed > best:
+                    best, count = speed, number
+        found = tree.first(count)
+        return None if not count or found == chain(drafts) else found
 
     def tokens_per_step(self, drafts: int, doubt: float = 0.0) -> float:
         """Expected with so many drafts; doubt: by how many standard errors rates may be better than they looked."""

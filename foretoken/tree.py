@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,21 @@ class Tree:
         return tuple(seen)
 
     @cached_property
+    def children(self) -> tuple[dict[int, int], ...]:
+        """Of all nodes: the nodes that hang on them, by rank."""
+        below: tuple[dict[int, int], ...] = tuple({} for _ in self.depths)
+        for node, (parent, rank) in enumerate(zip(self.parents, self.ranks, strict=True), 1):
+            below[parent][rank] = node
+        return below
+
+    @cached_property
     def width(self) -> int:
         """How many candidates a place needs."""
         return max(self.ranks, default=0) + 1
+
+    def first(self, count: int) -> Tree:
+        """Of `count` nodes."""
+        return Tree(self.parents[:count], self.ranks[:count])
 
     def nodes(self, candidates: Sequence[Sequence[int]]) -> list[int]:
         """The tokens of nodes 1.., from candidates (depth, rank)."""
@@ -62,33 +74,37 @@ class Tree:
         return way
 
 
+@lru_cache
 def chain(count: int) -> Tree:
     """`count` drafts, one after the other."""
     return Tree(tuple(range(count)), (0,) * count)
 
 
-def grown(count: int, depth: int, width: int, branching: bool, rate: Callable[[int, int], float]) -> list[Tree]:
-    """The best trees of 1 to `count` nodes, by the odds that their nodes are accepted.
+def grown(
+    count: int, depth: int, width: int, branching: bool, rate: Callable[[int, int], float]
+) -> tuple[Tree, list[float]]:
+    """The best tree of up to `count` nodes, by the odds that they are accepted, and these, from the best node on.
 
-    rate(d, r): how often the candidate of rank r < width at depth d, from 1 to `depth`, is right where all before it
-    are. branching: whether every node may have children, or those of rank 0 at all depths alone, as with a drafter that
-    goes on from its own first candidates.
+    Its first nodes are the best tree of so many. rate(d, r): how often the candidate of rank r < width at depth d, from
+    1 to `depth`, is right where all before it are. branching: whether every node may have children, or those of rank 0
+    at all depths alone, as with a drafter that goes on from its own first candidates.
     """
-    trees: list[Tree] = []
     parents: list[int] = []
     ranks: list[int] = []
+    found: list[float] = []
     waiting: list[tuple[float, int, int, int, bool]] = []  # odds (negative), depth, rank, parent, on the first way
+    rates = [[rate(deep, rank) for rank in range(width)] for deep in range(1, depth + 1)]
 
     def offer(odds: float, deep: int, parent: int, first: bool) -> None:
         if deep <= depth and (first or branching):
-            for rank in range(width):
-                heapq.heappush(waiting, (-odds * rate(deep, rank), deep, rank, parent, first and rank == 0))
+            for rank, share in enumerate(rates[deep - 1]):
+                heapq.heappush(waiting, (-odds * share, deep, rank, parent, first and rank == 0))
 
     offer(1.0, 1, 0, True)
     while waiting and len(parents) < count:
         odds, deep, rank, parent, first = heapq.heappop(waiting)
         parents.append(parent)
         ranks.append(rank)
-        trees.append(Tree(tuple(parents), tuple(ranks)))
+        found.append(-odds)
         offer(-odds, deep + 1, len(parents), first)
-    return trees
+    return Tree(tuple(parents), tuple(ranks)), found

@@ -437,7 +437,7 @@ def test_rejection_equals_slow_reference(sampling: Sampling) -> None:
     proposed = filtered(proposed + logits[:, :3], sampling)
     seeds = torch.randint(-(2**63), 2**63 - 1, (200,), generator=g).tolist()
     keys = Keys(sampling, seeds, list(range(200)), 4, 9, torch.device("cpu"))
-    drafts = keys.choose_drafts(proposed)
+    drafts = keys.choose_drafts(proposed)[..., 0]
     found = rejection(logits, drafts, proposed, keys)
     assert found == rejection_with("")(logits, drafts, proposed, keys)
     assert set(found[1]) == {0, 1, 2, 3}
@@ -461,7 +461,7 @@ def first_tokens(samples: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     q, p, bonus = torch.randn(3, 1, 1, 9, generator=g, dtype=torch.float64).expand(3, samples, 1, 9)
     keys = Keys(REJECTION, list(range(samples)), [5] * samples, 2, 9, torch.device("cpu"))
-    tokens, _ = rejection(torch.cat((p, bonus), 1), keys.choose_drafts(q), q, keys)
+    tokens, _ = rejection(torch.cat((p, bonus), 1), keys.choose_drafts(q)[..., 0], q, keys)
     return torch.tensor([row[0] for row in tokens]).bincount(minlength=9), p[0, 0].softmax(-1)
 
 

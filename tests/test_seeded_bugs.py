@@ -222,7 +222,7 @@ def drafts_logprob_returned(patch: Patch) -> None:
 
     def pick_drafts(stepper: Stepper, states: Tensor, keys: Keys, *_: object) -> tuple[Tensor, Tensor]:
         drafts, logits = real_drafts(stepper, states, keys)
-        drafted[:] = [logits.log_softmax(-1).gather(-1, drafts[..., None])[..., 0]]
+        drafted[:] = [logits.log_softmax(-1).gather(-1, drafts)[..., 0]]
         return drafts, logits
 
     def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:

@@ -98,10 +98,10 @@ def test_the_best_nodes_grow(branching: bool) -> None:
                         odds *= rates[d][rank]
                     every.append(odds)
         best = sorted(every, reverse=True)
-        trees = grown(count, depth, width, branching, lambda d, r, rates=rates: rates[d - 1][r])
-        assert [len(tree.parents) for tree in trees] == list(range(1, min(count, len(every)) + 1))
-        for tree in trees:
-            assert sum(odds_of(tree, rates)[1:]) == pytest.approx(sum(best[: len(tree.parents)]))
+        tree, odds = grown(count, depth, width, branching, lambda d, r, rates=rates: rates[d - 1][r])
+        assert odds == pytest.approx(best[:count])
+        assert odds == pytest.approx(odds_of(tree, rates)[1:])
+        assert len(tree.first(len(odds) - 1).parents) == len(odds) - 1
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SOFT, NUCLEUS], ids=["greedy", "soft", "top-p"])
