@@ -66,7 +66,12 @@ def versions() -> dict[str, str | None]:
 
 
 def foretoken_decoder(
-    model: Model, work: Workload, drafts: int | None, accept: Accept = "keyed", source: Source = None
+    model: Model,
+    work: Workload,
+    drafts: int | None,
+    accept: Accept = "keyed",
+    source: Source = None,
+    nodes: int | None = None,
 ) -> Run:
     """Our own decoding."""
 
@@ -75,7 +80,8 @@ def foretoken_decoder(
         for prompts in work.batches():
             requests = [Request(list(prompt), work.tokens, seed) for seed, prompt in enumerate(prompts)]
             began = 0.0
-            for _ in decode(model, requests, Sampling(work.temperature, accept=accept), drafts, source=source):
+            sampling = Sampling(work.temperature, accept=accept)
+            for _ in decode(model, requests, sampling, drafts, source=source, nodes=nodes):
                 if not began and requests[-1].ids:
                     began = time.perf_counter()  # the last prompt has been read
             seconds += time.perf_counter() - began
@@ -162,6 +168,9 @@ def decoders(
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
             name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
             yield name, k, foretoken_decoder(model, work, k, accept)
+    if own_text and (most := max(drafts, default=0)):
+        for nodes in (most + 2, 2 * most + 2):
+            yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
     if model.config.n_future > 1 and own_text:
         yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
     if own_text:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
-from foretoken.decode import check_requests, decode
+from foretoken.decode import check_nodes, check_requests, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
 from foretoken.grammar import Grammar
@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     regex: str  # .. or a regular expression
     lark: str  # .. or a Lark grammar
     drafts: int | None  # None: as many as pay; 0: plain decoding
+    nodes: int | None  # None: what pays, or a chain where drafts are given; else drafts as a tree of so many places
     lookup: int  # 0: off; else drafts are what followed the last so many tokens where they stood before
     draft_model: Model  # drafts are another model's, with the same tokens
     ignore_eos: bool  # False
@@ -213,9 +214,10 @@ def begin(
         for index, prompt in enumerate(prompts)
     ]
     _process(model, tokenizer, requests, options)
-    drafts, source = options.get("drafts"), _source(options)
+    drafts, source, nodes = options.get("drafts"), _source(options), options.get("nodes")
     check_requests(model, requests, drafts, source)
-    return requests, decode(model, requests, sampling, drafts, size, source)
+    check_nodes(nodes, drafts, sampling, source)
+    return requests, decode(model, requests, sampling, drafts, size, source, nodes)
 
 
 def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest], options: Options) -> None:

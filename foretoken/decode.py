@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foretoken.cache import KVCache
 from foretoken.draft import Turn
-from foretoken.drafters import LookupDrafter, Source, make_drafter, step_pace, tree_pace
+from foretoken.drafters import Lookup, LookupDrafter, Source, make_drafter, step_pace, tree_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.pace import MOST_NODES, Pace
@@ -28,7 +28,8 @@ from foretoken.request import Request, Step
 from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree, chain
 
-CHOOSE_EVERY = 4  # steps, where their number of drafts is not given
+LARGEST_TREE = 32  # nodes
+CHOOSE_EVERY, GROW_EVERY = 4, 32  # steps, where their number of drafts, and their shape, are not given
 
 
 def decode(
@@ -45,12 +46,13 @@ def decode(
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
     drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
     (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step
-    as a tree of at most K places; by default a chain, or what pays where K is None. slots: how many requests run at a
+    as a tree of so many places, K deep; by default a chain, or what pays where K is None. slots: how many requests run at a
     time, by default all; the others wait, and take the rows of those that end. source: where drafts come from, by
     default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between two
     yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """
     check_requests(model, requests, drafts, source)
+    check_nodes(nodes, drafts, sampling, source)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
@@ -116,8 +118,7 @@ class Batch:
 
     def grow(self) -> None:
         """Choose the shape of the next drafts."""
-        rejection = self.sampling.accept == "rejection" and self.sampling.temperature > 0
-        if self.pace is not None and not rejection and not isinstance(self.drafter, LookupDrafter):
+        if self.pace is not None and not self.sampling.rejects and not isinstance(self.drafter, LookupDrafter):
             self.drafter.tree = self.pace.tree(self.drafter.drafts, self.nodes)
 
     def keys(self, requests: Sequence[Request], count: int) -> Keys:
@@ -149,9 +150,11 @@ class Batch:
         self.count += 1
         if self.pace is not None and self.drafter.drafts and self.count % CHOOSE_EVERY == 0:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
+            before = self.drafter.drafts
             if self.adaptive:
                 self.drafter.drafts = self.pace.choose(self.drafter.most())
-            self.grow()
+            if self.drafter.drafts != before or self.count % GROW_EVERY == 0:
+                self.grow()
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys, self.tree)
         if self.pace is not None and longest:
             trees = [self.tree or chain(len(draft)) for draft in self.drafted]
@@ -196,6 +199,20 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
                 f"prompt of {len(request.prompt)} tokens + {request.max_tokens} new ones exceed the model's "
                 f"{limit} positions; lower max_tokens or shorten the prompt"
             )
+
+
+def check_nodes(nodes: int | None, drafts: int | None, sampling: Sampling, source: Source = None) -> None:
+    """Raises ConfigError for a tree that cannot be."""
+    if nodes is None:
+        return
+    if not 1 <= nodes <= LARGEST_TREE:
+        raise ConfigError(f"nodes = {nodes} must lie between 1 and {LARGEST_TREE}")
+    if drafts is not None and nodes < drafts:
+        raise ConfigError(f"nodes = {nodes} are fewer than the drafts = {drafts} of a step's longest branch")
+    if sampling.rejects:
+        raise ConfigError("nodes: drafts are accepted by rejection along chains only")
+    if isinstance(source, Lookup):
+        raise ConfigError("nodes: a lookup has one continuation, and no trees")
 
 
 def _commit(request: Request, tokens: Sequence[int], logprobs: Sequence[float]) -> list[int]:

@@ -54,6 +54,11 @@ class Sampling:
             raise ConfigError(f'accept = "{self.accept}" must be one of {", ".join(get_args(Accept))}')
 
     @property
+    def rejects(self) -> bool:
+        """Whether drafts are drawn by themselves and accepted by rejection."""
+        return self.accept == "rejection" and self.temperature > 0
+
+    @property
     def filters(self) -> bool:
         """Whether a token may be dropped, whatever its noise."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
@@ -102,8 +107,8 @@ class Keys:
 
     @property
     def rejection(self) -> bool:
-        """Whether drafts are drawn by themselves and accepted by rejection."""
-        return self.sampling.accept == "rejection" and self.sampling.temperature > 0
+        """See `Sampling.rejects`."""
+        return self.sampling.rejects
 
     def behind(self, counts: Sequence[int], count: int) -> Keys:
         """Those of `count` tokens behind the next `counts` (B) ones."""
