@@ -78,6 +78,11 @@ class KVCache:
                 tensor[:, row, :, to] = tensor[:, row, :, origin]
         self.lengths[row] = start + len(places)
 
+    def move(self, rows: Tensor, origins: Tensor, places: Tensor) -> None:
+        """Copy positions `origins` (B, T) of rows (B, 1) to `places` (B, T)."""
+        for tensor in (self.keys, self.values):
+            tensor[:, rows, :, places] = tensor[:, rows, :, origins]
+
     def roll_back(self, lengths: Sequence[int]) -> None:
         """Forget every row's positions from `lengths[row]` on."""
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
@@ -102,3 +107,18 @@ class KVCache:
         """Use the row that `vacant` gave, with what has been written to it, as the last."""
         assert row.keys.data_ptr() == self.keys[:, len(self.lengths)].data_ptr()
         self.lengths += row.lengths
+
+
+class Window:
+    """The first rows and slots of a cache, written at places that tensors say: nothing here depends on lengths."""
+
+    def __init__(self, cache: KVCache, rows: int, slots: int) -> None:
+        self.keys, self.values = (side[:, :rows, :, :slots] for side in (cache.keys, cache.values))
+        self.row = torch.arange(rows, device=cache.keys.device)[:, None]
+
+    def write(self, block: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.write`; returns all slots of the window."""
+        own = slice(block, block + keys.size(0))
+        for whole, new in ((self.keys, keys), (self.values, values)):
+            whole[own, self.row, :, positions] = new.permute(1, 3, 0, 2, 4)  # (B, T, m, N, H)
+        return self.keys[own], self.values[own]

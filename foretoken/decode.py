@@ -46,8 +46,8 @@ def decode(
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
     drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
     (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step
-    as a tree of so many places, K deep; by default a chain, or what pays where K is None. slots: how many requests run at a
-    time, by default all; the others wait, and take the rows of those that end. source: where drafts come from, by
+    as a tree of so many places, K deep; by default a chain, or what pays where K is None. slots: how many requests run
+    at a time, by default all; the others wait, and take the rows of those that end. source: where drafts come from, by
     default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between two
     yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """

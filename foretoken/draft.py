@@ -113,16 +113,17 @@ class Drafter:
         tree: Tree | None = None,
     ) -> Turn:
         """Run the model on `tokens` (B, T), each row's last one and its drafts; accept, and draft on."""
-        native = self.stepper.native
+        stepper = self.stepper
+        steps = stepper.graphs or (None if keys.sampling.filters else stepper.native)
         inside = self.drafts if self.heads_draft else 0
         shape = chain(len(tokens[0]) - 1) if tree is None else tree
         drafted = [row[1:] for row in tokens]
         change = changes(requests, lambda row: shape.before(drafted[row]))
         short = len(tokens[0]) + inside < MOST_TOKENS
-        if native is not None and self.compiled and short and change is None and not keys.sampling.filters:
-            self.stepper.grow_tables(cache)
+        if steps is not None and self.compiled and short and change is None:
+            stepper.grow_tables(cache)
             own, ranks = (self.cache, self.ranks) if inside else (None, 1)
-            picked, logprobs, paths, flat, self.proposed = native.turn(
+            picked, logprobs, paths, flat, self.proposed = steps.turn(
                 tokens, cache, own, keys, inside, self.proposed, tree, ranks
             )
             ahead = keys.behind([len(path) for path in paths], self.drafts + 1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foretoken.cache import KVCache
+from foretoken.cache import KVCache, Window
 from foretoken.config import ModelConfig
 
 
@@ -209,7 +209,9 @@ class BlockStack:
             self.qk_norm = norms.view(self.m, 1, 2, self.head_dim)
             self.norm_of = torch.tensor([0] * self.heads + [1] * self.kv_heads, device=norms.device)
 
-    def forward(self, x: Tensor, context: Context, positions: Tensor, cache: KVCache, block: int, used: int) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, positions: Tensor, cache: KVCache | Window, block: int, used: int
+    ) -> Tensor:
         """Run the first `used` of the m blocks on x (1, B, T, D); cache them from index `block` on.
 
         The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D).
@@ -218,7 +220,7 @@ class BlockStack:
         return self._run(inputs, x, context, positions, cache, block)
 
     def _run(
-        self, inputs: Tensor, x: Tensor, context: Context, positions: Tensor, cache: KVCache, block: int
+        self, inputs: Tensor, x: Tensor, context: Context, positions: Tensor, cache: KVCache | Window, block: int
     ) -> Tensor:
         """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T, D)."""
         _, B, T, D = x.shape
@@ -259,7 +261,9 @@ class SequentialStack(BlockStack):
         super().__init__([block])
         self.hidden_norm = _share([[block.hidden_norm.weight]])
 
-    def draft(self, embedded: Tensor, hidden: Tensor, context: Context, positions: Tensor, cache: KVCache) -> Tensor:
+    def draft(
+        self, embedded: Tensor, hidden: Tensor, context: Context, positions: Tensor, cache: KVCache | Window
+    ) -> Tensor:
         """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`."""
         width = (hidden.size(-1),)
         sides = (

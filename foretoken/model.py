@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
+from foretoken.graphs import Graphs, bucket
 from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
@@ -23,6 +24,7 @@ from foretoken.processors import Change
 from foretoken.sampling import Keys, filtered, rejection
 from foretoken.tree import Tree
 
+Parts = tuple[tuple[Tensor, Tensor, Tensor], list[BlockStack], BlockStack, SequentialStack | None, float]
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
 
@@ -164,13 +166,19 @@ class Stepper:
         self.made_from = _addresses(model)
         self.paces: dict[object, Pace] = {}  # by batch size and where drafts come from
         self.native = self._native() if compiled else None
+        self.graphs = Graphs(*self.parts()) if compiled and model.device.type == "cuda" else None
+
+    def parts(self) -> Parts:
+        """What compiled forms are made of: weights of both ends, trunk, heads, the sequential one, the norm's eps."""
+        model = self.model
+        ends = (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight)
+        return ends, self.trunk, self.heads, self.drafter, model.norm.eps
 
     def _native(self) -> Native | None:
         model = self.model
         if model.device.type != "cpu" or model.dtype not in DTYPES or (found := library()) is None:
             return None
-        ends = (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight)
-        return Native(found, ends, self.trunk, self.heads, self.drafter, model.norm.eps)
+        return Native(found, *self.parts())
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -178,14 +186,17 @@ class Stepper:
 
     def new_cache(self, rows: int, capacity: int, heads: int) -> KVCache:
         """An empty cache for `rows` requests of at most `capacity` positions, for the trunk and the first `heads`."""
-        c, model = self.config, self.model
-        blocks = len(self.trunk) + heads
-        return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
+        return self._cache(len(self.trunk) + heads, rows, capacity)
 
     def new_draft_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache of the sequential head's block."""
+        return self._cache(1, rows, capacity)
+
+    def _cache(self, blocks: int, rows: int, capacity: int) -> KVCache:
         c, model = self.config, self.model
-        return KVCache(1, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
+        if self.graphs is not None:
+            capacity = bucket(capacity)
+        return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, heads: int, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
@@ -223,7 +234,7 @@ class Stepper:
         """Tokens (B, K + 1), their log-probabilities, and how many are accepted drafts; see `sampling.rejection`."""
         logits = self.logits(states)
         tokens, accepted = rejection(change(logits) if change else logits, drafts, proposed, keys)
-        return tokens, logprobs_of(logits, torch.tensor(tokens, device=logits.device)), accepted
+        return tokens.tolist(), logprobs_of(logits, tokens), accepted.tolist()
 
     def pick_drafts(
         self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None, ranks: int = 1
@@ -266,8 +277,9 @@ class Stepper:
         """Make the rotary tables reach over all positions of a cache."""
         if self.tables is None or self.tables[0].size(0) < cache.capacity:
             self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device), torch.float32)
-        if self.native is not None:
-            self.native.use_tables(self.tables)
+        for steps in (self.native, self.graphs):
+            if steps is not None:
+                steps.use_tables(self.tables)
 
     def _context(self, positions: Tensor, cache: KVCache, tree: Tree | None = None) -> Context:
         """For tokens at slots `positions` (B, T), which are their rotary positions, too, where they are no tree."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,8 @@ class Keys:
     """
 
     sampling: Sampling
-    seeds: list[int]
-    positions: list[int]
+    seeds: Sequence[int] | Tensor
+    positions: Sequence[int] | Tensor
     count: int
     vocab_size: int
     device: torch.device
@@ -91,19 +91,21 @@ class Keys:
     @cached_property
     def acceptance(self) -> Tensor:
         """Uniform numbers (B, count) for acceptance by rejection: those of a token behind the vocabulary."""
-        seeds, positions = self._tensors(self.seeds)
+        seeds, positions = self._places
         return uniform(_mix(_mix(_mix(seeds) ^ positions) ^ self.vocab_size))
 
     @cached_property
     def _streams(self) -> Tensor | None:
         """The noise of the target's tokens and, where it is another, of the drafts: (1 or 2, B, count, V)."""
-        streams = (self.seeds, [seed ^ _signed(DRAFT) for seed in self.seeds])[: 2 if self.rejection else 1]
-        seeds, positions = self._tensors(streams)
-        return keyed_noise(seeds, positions, self.vocab_size, self.sampling)
+        seeds, positions = self._places
+        streams = [seeds, seeds ^ _signed(DRAFT)] if self.rejection else [seeds]
+        return keyed_noise(torch.stack(streams), positions, self.vocab_size, self.sampling)
 
-    def _tensors(self, seeds: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        first = torch.tensor(self.positions, device=self.device)[:, None]
-        return torch.tensor(seeds, device=self.device)[..., None], first + torch.arange(self.count, device=self.device)
+    @property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Seeds (B, 1) and positions (B, count)."""
+        seeds, first = (torch.as_tensor(given, device=self.device)[:, None] for given in (self.seeds, self.positions))
+        return seeds, first + torch.arange(self.count, device=self.device)
 
     @property
     def rejection(self) -> bool:
@@ -112,12 +114,12 @@ class Keys:
 
     def behind(self, counts: Sequence[int], count: int) -> Keys:
         """Those of `count` tokens behind the next `counts` (B) ones."""
-        positions = [first + passed for first, passed in zip(self.positions, counts, strict=True)]
+        positions = [int(first) + passed for first, passed in zip(self.positions, counts, strict=True)]
         return replace(self, positions=positions, count=count)
 
-    def choose(self, logits: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    def choose(self, logits: Tensor, places: Sequence[int] | Tensor | None = None) -> Tensor:
         """The target's tokens (B, k) from its logits (B, k, V); places: which of the next ones."""
-        chosen = slice(logits.size(1)) if places is None else list(places)
+        chosen = slice(logits.size(1)) if places is None else torch.as_tensor(places, device=self.device)
         noise = None if self.noise is None else self.noise[:, chosen]
         return choose(logits, noise, self.sampling)
 
@@ -170,8 +172,8 @@ def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
     return (kept if noise is None else kept + noise.to(kept.dtype)).argmax(-1)
 
 
-def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[list[list[int]], list[int]]:
-    """Tokens (B, K + 1) and how many of them are accepted drafts (see `Sampling`); the rest are zeros.
+def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    """Tokens (B, K + 1) and how many of them (B) are accepted drafts (see `Sampling`); the rest are zeros.
 
     logits (B, K + 1, V) are the target's, drafts (B, K) were drawn from softmax(proposed (B, K, V) / temperature).
     """
@@ -186,7 +188,7 @@ def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> t
     fresh = (temperature * rest.log() + keys.noise[:, : count + 1].to(rest.dtype)).argmax(-1)  # (B, K + 1)
     index = torch.arange(count + 1, device=logits.device)
     drawn = torch.where(index < accepted[:, None], F.pad(drafts, (0, 1)), fresh) * (index <= accepted[:, None])
-    return drawn.tolist(), accepted.tolist()
+    return drawn, accepted
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -35,6 +35,7 @@ ORDER = [
     "layers",
     "heads",
     "tree",
+    "graphs",
     "native",
     "pace",
     "processors",

@@ -1,0 +1,265 @@
+"""The decoding step for CUDA: one function of tensors with fixed shapes, captured once as a graph and then replayed.
+
+A step (forward, picks, acceptance, next drafts) becomes one launch: the host copies some numbers in, and waits once,
+for those that come out. Attention reads as many slots as the next of `BUCKETS` that holds the longest row; batch sizes
+are rounded up to powers of two, with rows that are not in use. On other devices the same function runs uncaptured,
+which is how tests compare it with the other forms of a step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foretoken.cache import KVCache, Window
+from foretoken.layers import BlockStack, Context, SequentialStack, grouped_mask
+from foretoken.sampling import Keys, Sampling, filtered, rejection
+from foretoken.tree import Tree, chain
+
+BUCKETS = sorted(size << power for size in (256, 384) for power in range(16))  # slots
+MOST_GRAPHS = 128  # that are kept; each holds the memory of its step's intermediate values
+
+
+def bucket(slots: int) -> int:
+    """The next size in `BUCKETS`."""
+    return next(size for size in BUCKETS if size >= slots)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is fixed to: rows, tokens a row, slots, drafts and their candidates, and how tokens are picked."""
+
+    rows: int
+    tokens: int
+    slots: int
+    drafts: int
+    ranks: int
+    sampling: Sampling
+    tree: bool
+    proposed: bool
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Keys and values of the cache, and of a sequential head's."""
+
+    cache: KVCache
+    drafts: KVCache | None
+
+    @property
+    def addresses(self) -> tuple[object, ...]:
+        held = [cache for cache in (self.cache, self.drafts) if cache is not None]
+        return tuple((cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape) for cache in held)
+
+
+class Graphs:
+    """Steps of one model. `ends` are its embedding, unembedding and final norm's weights."""
+
+    def __init__(
+        self,
+        ends: tuple[Tensor, Tensor, Tensor],
+        trunk: Sequence[BlockStack],
+        heads: BlockStack,
+        drafter: SequentialStack | None,
+        eps: float,
+    ) -> None:
+        self.embedding, self.unembedding, self.norm = ends
+        self.trunk, self.heads, self.drafter, self.eps = trunk, heads, drafter, eps
+        self.device = self.embedding.device
+        self.tables: tuple[Tensor, Tensor] | None = None
+        self.captured: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+
+    def use_tables(self, tables: tuple[Tensor, Tensor]) -> None:
+        """Take the rotary tables (positions, H), which reach over all positions of a cache."""
+        self.tables = tables
+
+    def turn(
+        self,
+        tokens: list[list[int]],
+        cache: KVCache,
+        drafts_cache: KVCache | None,
+        keys: Keys,
+        drafts: int,
+        proposed: Tensor | None,
+        tree: Tree | None = None,
+        ranks: int = 1,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
+        """A whole step, with filters too: see `Native.turn`."""
+        B, T = len(tokens), len(tokens[0])
+        behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
+        need = max(*cache.lengths, *behind) + T + drafts
+        assert need <= cache.capacity, "cache is full"
+        slots = min(bucket(need), cache.capacity)
+        rows = min(1 << (B - 1).bit_length(), cache.keys.size(1))
+        rejects = keys.rejection and proposed is not None
+        shape = Shape(rows, T, slots, drafts, ranks, keys.sampling, tree is not None, rejects)
+        tree = chain(T - 1) if tree is None else tree
+        each = zip(tokens, cache.lengths, behind, keys.seeds, keys.positions, strict=True)
+        given = [number for ids, *others in each for number in (*ids, *others)]
+        given += [0] * ((rows - B) * (T + 4)) + [0, *tree.parents, *tree.depths, *tree.ancestors]
+        law = F.pad(proposed, (0, 0, 0, 0, 0, rows - B)) if rejects and proposed is not None else None
+        memory = _Memory(cache, drafts_cache)
+        found, proposal = self._run(shape, memory, torch.tensor(given), law)
+        parts = torch.split(found[:B], [T + 1, T, drafts * ranks, T], 1)
+        paths, picked, new, bits = (part.tolist() for part in parts)
+        logprobs = torch.tensor(bits).view(torch.float64).tolist()
+        accepted = [path.pop() for path in paths]
+        for held in (cache, drafts_cache):
+            if held is not None:
+                held.lengths = [length + count + 1 for length, count in zip(held.lengths, accepted, strict=True)]
+        paths = [path[: count + 1] for path, count in zip(paths, accepted, strict=True)]
+        return picked, logprobs, paths, new, None if proposal is None else proposal[:B]
+
+    def _run(
+        self, shape: Shape, memory: _Memory, given: Tensor, proposed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_step`, on the host's numbers; the result is on the host again, the law of new drafts is not."""
+        assert self.tables is not None
+        if self.device.type != "cuda":
+            return self._step(shape, memory, given, proposed)
+        key = (shape, memory.addresses, self.tables[0].data_ptr())
+        graph = self.captured.pop(key, None)
+        if graph is None:
+            graph = _Graph(given, proposed, lambda numbers, law: self._step(shape, memory, numbers, law))
+        self.captured[key] = graph
+        while len(self.captured) > MOST_GRAPHS:
+            self.captured.popitem(last=False)
+        return graph.run(given, proposed)
+
+    @torch.inference_mode()
+    def _step(
+        self, shape: Shape, memory: _Memory, given: Tensor, proposed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of each row: the accepted nodes (T) and their number less one, the target's tokens behind them (T), the next
+        candidates (K x ranks) and the log-probabilities' bits (T); and the law of the drafts (B, K, V)."""
+        B, T = shape.rows, shape.tokens
+        rows, (parents, depths, seen) = given[: B * (T + 4)].view(B, T + 4), given[B * (T + 4) :].view(3, T)
+        tokens, lengths, behind, seeds, positions = rows[:, :T], *rows[:, T:].unbind(1)
+        node = torch.arange(T, device=self.device)
+        own = (seen[:, None] >> node & 1) > 0  # (T, T)
+        hidden, z = self._forward(shape, memory.cache, tokens, lengths, own, depths)
+        vocab_size = self.unembedding.size(0)
+        keys = Keys(shape.sampling, seeds, positions, T, vocab_size, self.device)
+        logits = self._logits(hidden[0])  # (B, T, V)
+        if proposed is not None:
+            picked, right = rejection(logits, tokens[:, 1:], proposed, keys)
+            path = node.expand(B, T)
+        else:
+            picked = keys.choose(logits, depths)
+            found = F.pad(tokens[:, 1:] == picked[:, parents[1:]], (1, 0), value=True)
+            accepted = ~(own & ~found[:, None]).any(-1)  # (B, T): all on the way to a node were found
+            right = accepted.sum(-1) - 1
+            path = ((accepted[:, None] & (depths == node[:, None])) * node).sum(-1)
+        logprobs = logits.log_softmax(-1).gather(-1, picked[..., None])[..., 0].double()
+        if shape.tree:
+            every = torch.arange(B, device=self.device)[:, None]
+            picked, logprobs, hidden, z = (
+                picked.gather(1, path), logprobs.gather(1, path), hidden[:, every, path], z[every, path]
+            )  # fmt: skip
+            memory.cache.move(every, lengths[:, None] + path, lengths[:, None] + node)
+        law = None
+        found_drafts = [path, right[:, None], picked]
+        if shape.drafts:
+            ahead = Keys(shape.sampling, seeds, positions + right + 1, shape.drafts, vocab_size, self.device)
+            if memory.drafts is None:
+                candidates, laws = self._parallel(shape, ahead, hidden, right)
+            else:
+                candidates, laws = self._sequential(shape, ahead, memory.drafts, picked, z, behind, right)
+            found_drafts.append(candidates.flatten(1))
+            law = filtered(laws, shape.sampling) if keys.rejection else None
+        return torch.cat((*found_drafts, logprobs.view(torch.int64)), 1), law
+
+    def _forward(
+        self, shape: Shape, cache: KVCache, tokens: Tensor, lengths: Tensor, own: Tensor, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States (heads, B, T, D) and the trunk's output (B, T, D); `own` (T, T): what the nodes see of each other."""
+        slots, count = torch.arange(shape.slots, device=self.device), tokens.size(1)
+        among = slots - lengths[:, None]  # (B, S): which node stands there
+        visible = own[:, among.clamp(0, count - 1)].transpose(0, 1) & (among < count)[:, None] | (among < 0)[:, None]
+        context = self._context(lengths[:, None] + depths, visible)
+        places = lengths[:, None] + torch.arange(count, device=self.device)
+        window = Window(cache, shape.rows, shape.slots)
+        x = F.embedding(tokens, self.embedding)[None]
+        for index, stack in enumerate(self.trunk):
+            x = stack.forward(x, context, places, window, index, 1)
+        used = 1 if self.drafter is not None else min(shape.drafts + 1, self.heads.m)
+        return self.heads.forward(x, context, places, window, len(self.trunk), used), x[0]
+
+    def _context(self, positions: Tensor, visible: Tensor) -> Context:
+        assert self.tables is not None
+        cos, sin = (table[positions].to(self.embedding.dtype) for table in self.tables)
+        groups = self.heads.heads // self.heads.kv_heads
+        return Context(cos, sin, grouped_mask(visible, groups, self.embedding.dtype))
+
+    def _logits(self, states: Tensor) -> Tensor:
+        normed = F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps)
+        logits = F.linear(normed, self.unembedding)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _parallel(self, shape: Shape, ahead: Keys, hidden: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates (B, K, ranks) of heads 2..K+1 behind the accepted nodes, and the logits they are picked from."""
+        states = hidden[1:, torch.arange(shape.rows, device=self.device), right].transpose(0, 1)
+        logits = self._logits(states)
+        return ahead.choose_drafts(logits, 0, shape.ranks), logits
+
+    def _sequential(
+        self, shape: Shape, ahead: Keys, cache: KVCache, following: Tensor, z: Tensor, behind: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of a sequential head: once over the committed positions, then from draft to draft."""
+        assert self.drafter is not None
+        window = Window(cache, shape.rows, shape.slots)
+        slots = torch.arange(shape.slots, device=self.device)
+
+        def draft(tokens: Tensor, states: Tensor, start: Tensor) -> Tensor:
+            assert self.drafter is not None
+            places = start[:, None] + torch.arange(tokens.size(1), device=self.device)
+            context = self._context(places, slots <= places[..., None])
+            embedded = F.embedding(tokens, self.embedding)
+            return self.drafter.draft(embedded, states.to(embedded.dtype), context, places, window)
+
+        every = torch.arange(shape.rows, device=self.device)
+        state = draft(following, z, behind)[every, right][:, None]
+        candidates: list[Tensor] = []
+        laws: list[Tensor] = []
+        for number in range(shape.drafts):
+            if candidates:
+                state = draft(candidates[-1][..., 0], state, behind + right + number)
+            laws.append(self._logits(state))
+            candidates.append(ahead.choose_drafts(laws[-1], number, shape.ranks))
+        return torch.cat(candidates, 1), torch.cat(laws, 1)
+
+
+class _Graph:
+    """A captured call. Its inputs and results lie in memory of its own, which the next call writes anew."""
+
+    def __init__(
+        self, given: Tensor, law: Tensor | None, call: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    ) -> None:
+        self.host = given.pin_memory()
+        self.given = given.cuda()
+        self.law = None if law is None else law.clone()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a run before, so that what libraries allocate at first is not captured
+            call(self.given, self.law)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.found, self.proposal = call(self.given, self.law)
+        self.back = torch.empty(self.found.shape, dtype=self.found.dtype, pin_memory=True)
+
+    def run(self, given: Tensor, law: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Replay it; waits for the result."""
+        self.host.copy_(given)
+        self.given.copy_(self.host, non_blocking=True)
+        if self.law is not None and law is not None:
+            self.law.copy_(law, non_blocking=True)
+        self.graph.replay()
+        self.back.copy_(self.found, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return self.back, self.proposal
