@@ -1,16 +1,18 @@
 """The decoding step for CUDA: one function of tensors with fixed shapes, captured once as a graph and then replayed.
 
 A step (forward, picks, acceptance, next drafts) becomes one launch: the host copies some numbers in, and waits once,
-for those that come out. Attention reads as many slots as the next of `BUCKETS` that holds the longest row; batch sizes
-are rounded up to powers of two, with rows that are not in use. On other devices the same function runs uncaptured,
-which is how tests compare it with the other forms of a step.
+for those that come out. Batch sizes are rounded up to powers of two, with rows that are not in use. Blocks run by the
+kernels of `gpu`; without them in PyTorch, with attention over as many slots as the next of `BUCKETS` that holds the
+longest row. On other devices the same function runs uncaptured, which is how tests compare it with the other forms.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ from foretoken.cache import KVCache, Window
 from foretoken.layers import BlockStack, Context, SequentialStack, grouped_mask
 from foretoken.sampling import Keys, Sampling, filtered, rejection
 from foretoken.tree import Tree, chain
+
+if TYPE_CHECKING:
+    from foretoken import gpu
 
 BUCKETS = sorted(size << power for size in (256, 384) for power in range(16))  # slots
 MOST_GRAPHS = 128  # that are kept; each holds the memory of its step's intermediate values
@@ -32,7 +37,10 @@ def bucket(slots: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is fixed to: rows, tokens a row, slots, drafts and their candidates, and how tokens are picked."""
+    """What a graph is fixed to: rows, tokens a row, slots, drafts and their candidates, and how tokens are picked.
+
+    slots: that a row's attention reads.
+    """
 
     rows: int
     tokens: int
@@ -57,6 +65,16 @@ class _Memory:
         return tuple((cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape) for cache in held)
 
 
+@dataclass(frozen=True)
+class _At:
+    """Where a step's tokens stand in a cache, for blocks in PyTorch or for the kernels."""
+
+    window: Window
+    slots: Tensor  # (B, T)
+    context: Context | None
+    places: gpu.Places | None
+
+
 class Graphs:
     """Steps of one model. `ends` are its embedding, unembedding and final norm's weights."""
 
@@ -71,6 +89,7 @@ class Graphs:
         self.embedding, self.unembedding, self.norm = ends
         self.trunk, self.heads, self.drafter, self.eps = trunk, heads, drafter, eps
         self.device = self.embedding.device
+        self.kernels: Any = _kernels(self.embedding, trunk[0] if trunk else heads)
         self.tables: tuple[Tensor, Tensor] | None = None
         self.captured: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
@@ -94,7 +113,7 @@ class Graphs:
         behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
         need = max(*cache.lengths, *behind) + T + drafts
         assert need <= cache.capacity, "cache is full"
-        slots = min(bucket(need), cache.capacity)
+        slots = cache.capacity if self.kernels else min(bucket(need), cache.capacity)
         rows = min(1 << (B - 1).bit_length(), cache.keys.size(1))
         rejects = keys.rejection and proposed is not None
         shape = Shape(rows, T, slots, drafts, ranks, keys.sampling, tree is not None, rejects)
@@ -104,7 +123,7 @@ class Graphs:
         given += [0] * ((rows - B) * (T + 4)) + [0, *tree.parents, *tree.depths, *tree.ancestors]
         law = F.pad(proposed, (0, 0, 0, 0, 0, rows - B)) if rejects and proposed is not None else None
         memory = _Memory(cache, drafts_cache)
-        found, proposal = self._run(shape, memory, torch.tensor(given), law)
+        found, proposal = self._run(shape, memory, given, law)
         parts = torch.split(found[:B], [T + 1, T, drafts * ranks, T], 1)
         paths, picked, new, bits = (part.tolist() for part in parts)
         logprobs = torch.tensor(bits).view(torch.float64).tolist()
@@ -116,12 +135,12 @@ class Graphs:
         return picked, logprobs, paths, new, None if proposal is None else proposal[:B]
 
     def _run(
-        self, shape: Shape, memory: _Memory, given: Tensor, proposed: Tensor | None
+        self, shape: Shape, memory: _Memory, given: list[int], proposed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`_step`, on the host's numbers; the result is on the host again, the law of new drafts is not."""
         assert self.tables is not None
         if self.device.type != "cuda":
-            return self._step(shape, memory, given, proposed)
+            return self._step(shape, memory, torch.tensor(given), proposed)
         key = (shape, memory.addresses, self.tables[0].data_ptr())
         graph = self.captured.pop(key, None)
         if graph is None:
@@ -140,64 +159,71 @@ class Graphs:
         B, T = shape.rows, shape.tokens
         rows, (parents, depths, seen) = given[: B * (T + 4)].view(B, T + 4), given[B * (T + 4) :].view(3, T)
         tokens, lengths, behind, seeds, positions = rows[:, :T], *rows[:, T:].unbind(1)
-        node = torch.arange(T, device=self.device)
-        own = (seen[:, None] >> node & 1) > 0  # (T, T)
-        hidden, z = self._forward(shape, memory.cache, tokens, lengths, own, depths)
+        hidden, z = self._forward(shape, memory.cache, tokens, lengths, seen, depths)
         vocab_size = self.unembedding.size(0)
         keys = Keys(shape.sampling, seeds, positions, T, vocab_size, self.device)
         logits = self._logits(hidden[0])  # (B, T, V)
-        if proposed is not None:
-            picked, right = rejection(logits, tokens[:, 1:], proposed, keys)
-            path = node.expand(B, T)
-        else:
-            picked = keys.choose(logits, depths)
-            found = F.pad(tokens[:, 1:] == picked[:, parents[1:]], (1, 0), value=True)
-            accepted = ~(own & ~found[:, None]).any(-1)  # (B, T): all on the way to a node were found
-            right = accepted.sum(-1) - 1
-            path = ((accepted[:, None] & (depths == node[:, None])) * node).sum(-1)
+        picked, right, path = _accepted(logits, tokens, proposed, keys, parents, depths, seen)
         logprobs = logits.log_softmax(-1).gather(-1, picked[..., None])[..., 0].double()
         if shape.tree:
             every = torch.arange(B, device=self.device)[:, None]
             picked, logprobs, hidden, z = (
                 picked.gather(1, path), logprobs.gather(1, path), hidden[:, every, path], z[every, path]
             )  # fmt: skip
-            memory.cache.move(every, lengths[:, None] + path, lengths[:, None] + node)
+            memory.cache.move(every, lengths[:, None] + path, lengths[:, None] + torch.arange(T, device=self.device))
         law = None
-        found_drafts = [path, right[:, None], picked]
+        found = [path, right[:, None], picked]
         if shape.drafts:
             ahead = Keys(shape.sampling, seeds, positions + right + 1, shape.drafts, vocab_size, self.device)
             if memory.drafts is None:
                 candidates, laws = self._parallel(shape, ahead, hidden, right)
             else:
                 candidates, laws = self._sequential(shape, ahead, memory.drafts, picked, z, behind, right)
-            found_drafts.append(candidates.flatten(1))
+            found.append(candidates.flatten(1))
             law = filtered(laws, shape.sampling) if keys.rejection else None
-        return torch.cat((*found_drafts, logprobs.view(torch.int64)), 1), law
+        return torch.cat((*found, logprobs.view(torch.int64)), 1), law
 
     def _forward(
-        self, shape: Shape, cache: KVCache, tokens: Tensor, lengths: Tensor, own: Tensor, depths: Tensor
+        self, shape: Shape, cache: KVCache, tokens: Tensor, lengths: Tensor, seen: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """States (heads, B, T, D) and the trunk's output (B, T, D); `own` (T, T): what the nodes see of each other."""
-        slots, count = torch.arange(shape.slots, device=self.device), tokens.size(1)
-        among = slots - lengths[:, None]  # (B, S): which node stands there
-        visible = own[:, among.clamp(0, count - 1)].transpose(0, 1) & (among < count)[:, None] | (among < 0)[:, None]
-        context = self._context(lengths[:, None] + depths, visible)
-        places = lengths[:, None] + torch.arange(count, device=self.device)
-        window = Window(cache, shape.rows, shape.slots)
+        """States (heads, B, T, D) and the trunk's output (B, T, D); seen (T): of which nodes each sees what."""
+        at = self._at(shape, cache, lengths, seen, depths)
         x = F.embedding(tokens, self.embedding)[None]
         for index, stack in enumerate(self.trunk):
-            x = stack.forward(x, context, places, window, index, 1)
+            x = self._blocks(stack, x, at, index, 1)
         used = 1 if self.drafter is not None else min(shape.drafts + 1, self.heads.m)
-        return self.heads.forward(x, context, places, window, len(self.trunk), used), x[0]
+        return self._blocks(self.heads, x.repeat(used, 1, 1, 1) if self.kernels else x, at, len(self.trunk), used), x[0]
 
-    def _context(self, positions: Tensor, visible: Tensor) -> Context:
+    def _at(self, shape: Shape, cache: KVCache, lengths: Tensor, seen: Tensor, depths: Tensor) -> _At:
+        """Behind the first `lengths` (B) slots, as nodes of these depths (T) that see each other by bits of `seen`."""
         assert self.tables is not None
+        count = seen.numel()
+        node = torch.arange(count, device=self.device)
+        positions, slots = lengths[:, None] + depths, lengths[:, None] + node
+        window = Window(cache, shape.rows, shape.slots)
+        if self.kernels:
+            return _At(window, slots, None, self.kernels.Places(self.tables, positions, slots, lengths, seen))
+        own = (seen[:, None] >> node & 1) > 0  # (T, T)
+        among = torch.arange(shape.slots, device=self.device) - lengths[:, None]  # (B, S): which node stands there
+        visible = own[:, among.clamp(0, count - 1)].transpose(0, 1) & (among < count)[:, None] | (among < 0)[:, None]
         cos, sin = (table[positions].to(self.embedding.dtype) for table in self.tables)
         groups = self.heads.heads // self.heads.kv_heads
-        return Context(cos, sin, grouped_mask(visible, groups, self.embedding.dtype))
+        return _At(window, slots, Context(cos, sin, grouped_mask(visible, groups, self.embedding.dtype)), None)
+
+    def _blocks(self, stack: BlockStack, x: Tensor, at: _At, block: int, used: int) -> Tensor:
+        """The first `used` blocks of a stack on x (1, B, T, D), or (used, B, T, D) for kernels, which overwrite it."""
+        if at.context is not None:
+            return stack.forward(x, at.context, at.slots, at.window, block, used)
+        inputs = self.kernels.normed(x[:1].flatten(1, 2), stack.norm_1[:used], stack.eps)
+        states: Tensor = self.kernels.run(stack, inputs, x, at.places, at.window, block)
+        return states
 
     def _logits(self, states: Tensor) -> Tensor:
-        normed = F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps)
+        if self.kernels:
+            normed = self.kernels.normed(states.reshape(1, -1, states.size(-1)), self.norm.view(1, 1, -1), self.eps)
+            normed = normed.view(states.shape)
+        else:
+            normed = F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps)
         logits = F.linear(normed, self.unembedding)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -211,37 +237,70 @@ class Graphs:
         self, shape: Shape, ahead: Keys, cache: KVCache, following: Tensor, z: Tensor, behind: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The same of a sequential head: once over the committed positions, then from draft to draft."""
-        assert self.drafter is not None
-        window = Window(cache, shape.rows, shape.slots)
-        slots = torch.arange(shape.slots, device=self.device)
-
-        def draft(tokens: Tensor, states: Tensor, start: Tensor) -> Tensor:
-            assert self.drafter is not None
-            places = start[:, None] + torch.arange(tokens.size(1), device=self.device)
-            context = self._context(places, slots <= places[..., None])
-            embedded = F.embedding(tokens, self.embedding)
-            return self.drafter.draft(embedded, states.to(embedded.dtype), context, places, window)
-
         every = torch.arange(shape.rows, device=self.device)
-        state = draft(following, z, behind)[every, right][:, None]
+        state = self._draft(shape, cache, following, z, behind)[every, right][:, None]
         candidates: list[Tensor] = []
         laws: list[Tensor] = []
         for number in range(shape.drafts):
             if candidates:
-                state = draft(candidates[-1][..., 0], state, behind + right + number)
+                state = self._draft(shape, cache, candidates[-1][..., 0], state, behind + right + number)
             laws.append(self._logits(state))
             candidates.append(ahead.choose_drafts(laws[-1], number, shape.ranks))
         return torch.cat(candidates, 1), torch.cat(laws, 1)
+
+    def _draft(self, shape: Shape, cache: KVCache, tokens: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+        """The sequential head's block on tokens (B, T) and states (B, T, D), behind `lengths` (B) slots."""
+        stack, node = self.drafter, torch.arange(tokens.size(1), device=self.device)
+        assert stack is not None
+        at = self._at(shape, cache, lengths, (2 << node) - 1, node)
+        embedded = F.embedding(tokens, self.embedding)
+        states = states.to(embedded.dtype)
+        if at.context is not None:
+            return stack.draft(embedded, states, at.context, at.slots, at.window)
+        sides = zip((embedded, states), (stack.norm_1, stack.hidden_norm), strict=True)
+        inputs = torch.cat([self.kernels.normed(x.reshape(1, -1, x.size(-1)), w, self.eps) for x, w in sides], -1)
+        found: Tensor = self.kernels.run(stack, inputs, states[None].clone(), at.places, at.window, 0)
+        return found[0]
+
+
+def _accepted(
+    logits: Tensor, tokens: Tensor, proposed: Tensor | None, keys: Keys, parents: Tensor, depths: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's tokens (B, T), the accepted nodes' number less one (B), and these nodes (B, T)."""
+    B, T = tokens.shape
+    node = torch.arange(T, device=tokens.device)
+    if proposed is not None:
+        return *rejection(logits, tokens[:, 1:], proposed, keys), node.expand(B, T)
+    picked = keys.choose(logits, depths)
+    if T == 1:
+        return picked, torch.zeros_like(picked[:, 0]), torch.zeros_like(picked)
+    found = F.pad(tokens[:, 1:] == picked[:, parents[1:]], (1, 0), value=True)
+    own = (seen[:, None] >> node & 1) > 0  # (T, T)
+    accepted = ~(own & ~found[:, None]).any(-1)  # (B, T): all on the way to a node were found
+    path = ((accepted[:, None] & (depths == node[:, None])) * node).sum(-1)
+    return picked, accepted.sum(-1) - 1, path
+
+
+def _kernels(weight: Tensor, stack: BlockStack) -> Any:
+    """The module `gpu` where its kernels can run the model."""
+    if weight.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from foretoken import gpu
+
+    return gpu if weight.dtype in gpu.DTYPES and stack.head_dim % 2 == 0 else None
 
 
 class _Graph:
     """A captured call. Its inputs and results lie in memory of its own, which the next call writes anew."""
 
     def __init__(
-        self, given: Tensor, law: Tensor | None, call: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+        self,
+        given: list[int],
+        law: Tensor | None,
+        call: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
     ) -> None:
-        self.host = given.pin_memory()
-        self.given = given.cuda()
+        self.host = torch.tensor(given).pin_memory()
+        self.numbers, self.given = self.host.numpy(), self.host.cuda()
         self.law = None if law is None else law.clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -253,9 +312,9 @@ class _Graph:
             self.found, self.proposal = call(self.given, self.law)
         self.back = torch.empty(self.found.shape, dtype=self.found.dtype, pin_memory=True)
 
-    def run(self, given: Tensor, law: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(self, given: list[int], law: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Replay it; waits for the result."""
-        self.host.copy_(given)
+        self.numbers[:] = given
         self.given.copy_(self.host, non_blocking=True)
         if self.law is not None and law is not None:
             self.law.copy_(law, non_blocking=True)
