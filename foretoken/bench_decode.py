@@ -75,13 +75,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def bandwidth() -> float:
-    """Memory bandwidth in GB/s: the sum of 256 MiB of float32 numbers with all threads, the best of ten readings."""
-    numbers = torch.ones(1 << 26)
+def bandwidth(device: str) -> float:
+    """Memory bandwidth in GB/s: the sum of float32 numbers (256 MiB, of a GPU 4 GiB), the best of ten readings."""
+    numbers = torch.ones(1 << (30 if device == "cuda" else 26), device=device)
     seconds = []
     for _ in range(10):
         began = time.perf_counter()
-        numbers.sum()
+        numbers.sum().item()
         seconds.append(time.perf_counter() - began)
     return numbers.numel() * 4 / min(seconds) / 1e9
 
@@ -168,11 +168,11 @@ def _margin(a: Request, b: Request) -> float | None:
 
 
 def bench_random(
-    size: str, n_future: int, head_kind: str, dtype: torch.dtype, batches: Sequence[int], temperatures: Sequence[float],
-    context: int, tokens: int, rounds: int, peers: bool, gb_s: float, display: Display,
+    size: str, n_future: int, head_kind: str, dtype: torch.dtype, device: str, batches: Sequence[int],
+    temperatures: Sequence[float], context: int, tokens: int, rounds: int, peers: bool, gb_s: float, display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a shape with random weights behind random tokens: what steps cost."""
-    model = random_model(size, n_future, head_kind, dtype, context + tokens)
+    model = random_model(size, n_future, head_kind, dtype, context + tokens).to(device)
     generator = torch.Generator().manual_seed(0)
     works = []
     for batch in batches:
@@ -186,12 +186,13 @@ def bench_random(
 
 
 def bench_checkpoint(
-    directory: str, data: Sequence[str], dtype: str | None, batches: Sequence[int], temperatures: Sequence[float],
-    prompts: int, tokens: int, rounds: int, peers: bool, random_heads: bool, gb_s: float, display: Display,
+    directory: str, data: Sequence[str], dtype: str | None, device: str, batches: Sequence[int],
+    temperatures: Sequence[float], prompts: int, tokens: int, rounds: int, peers: bool, random_heads: bool, gb_s: float,
+    display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a checkpoint, by domain: beginnings of `prompts` texts of the data, by default the held-out ones."""
     folder = find_checkpoint(directory)
-    model, tokenizer = load_checkpoint(folder, dtype)
+    model, tokenizer = load_checkpoint(folder, dtype, device)
     if random_heads:
         for head in list(model.heads)[1:]:
             for parameter in head.parameters():
@@ -224,6 +225,7 @@ def bench_decode(
     prompts: int,
     rounds: int,
     dtype: str,
+    device: str = "cpu",
     peers: bool,
     random_heads: bool = False,
 ) -> dict[str, Any]:
@@ -242,22 +244,22 @@ def bench_decode(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     display.say("Measuring memory bandwidth")
-    gb_s, rows = bandwidth(), list[dict[str, Any]]()
+    gb_s, rows = bandwidth(device), list[dict[str, Any]]()
     if checkpoint is not None:
         rows += bench_checkpoint(
-            checkpoint, data, dtype, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds, peers, random_heads,
-            gb_s, display,
+            checkpoint, data, dtype, device, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds, peers,
+            random_heads, gb_s, display,
         )  # fmt: skip
     for size in sizes:
         rows += bench_random(
-            size, n_future, head_kind, DTYPES[dtype], batches, temperatures or (0.0,), context, tokens, rounds, peers,
-            gb_s, display,
+            size, n_future, head_kind, DTYPES[dtype], device, batches, temperatures or (0.0,), context, tokens, rounds,
+            peers, gb_s, display,
         )  # fmt: skip
     return {
-        "machine": machine(),
+        "machine": {**machine(), "device": device},
         "versions": versions(),
         "bandwidth_gb_s": gb_s,
-        "bandwidth_measured": "sum of 256 MiB of float32 numbers, all threads, best of 10",
+        "bandwidth_measured": "sum of float32 numbers (256 MiB, of a GPU 4 GiB), best of 10",
         "rows": rows,
     }
 

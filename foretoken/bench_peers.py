@@ -92,26 +92,28 @@ def foretoken_decoder(
     return run
 
 
-def transformers_decoder(folder: Path, work: Workload, dtype: torch.dtype, lookup: int) -> Run:
+def transformers_decoder(
+    folder: Path, work: Workload, dtype: torch.dtype, lookup: int, device: torch.device | str = "cpu"
+) -> Run:
     """`generate` of transformers on the same directory; lookup: tokens of prompt lookup, 0 for none."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.eval()
+    model.to(device).eval()
     forwards = [0]
     model.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
 
     @torch.no_grad()
     def seconds(prompts: list[list[int]], count: int) -> float:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         options: dict[str, Any] = {"prompt_lookup_num_tokens": lookup} if lookup else {}
         began = time.perf_counter()
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
             pad_token_id=0, eos_token_id=None, **options,
-        )  # fmt: skip
+        )[0, -1].item()  # fmt: skip
         return time.perf_counter() - began
 
     def run() -> Timing:
@@ -168,7 +170,7 @@ def decoders(
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
             name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
             yield name, k, foretoken_decoder(model, work, k, accept)
-    if own_text and (most := max(drafts, default=0)):
+    if most := max(drafts, default=0):
         for nodes in (most + 2, 2 * most + 2):
             yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
     if model.config.n_future > 1 and own_text:
@@ -177,13 +179,13 @@ def decoders(
         yield "foretoken, lookup", None, foretoken_decoder(model, work, None, source=Lookup())
     if not peers or work.temperature > 0:
         return
-    installed, dtype = versions(), model.dtype
+    installed, dtype, device = versions(), model.dtype, model.device
     if installed["transformers"] and len({len(prompt) for prompt in work.prompts}) == 1:
-        yield "transformers", 0, transformers_decoder(folder, work, dtype, 0)
+        yield "transformers", 0, transformers_decoder(folder, work, dtype, 0, device)
         if work.batch == 1:
             lookup = max(drafts, default=3)
-            yield "transformers, prompt lookup", lookup, transformers_decoder(folder, work, dtype, lookup)
-    if installed["xllamacpp"] and work.batch == 1 and model.config.architecture == "llama":
+            yield "transformers, prompt lookup", lookup, transformers_decoder(folder, work, dtype, lookup, device)
+    if installed["xllamacpp"] and device.type == "cpu" and work.batch == 1 and model.config.architecture == "llama":
         try:
             run = llama_cpp_decoder(folder, work, dtype)
         except ForetokenError:  # a model that GGUF files cannot hold

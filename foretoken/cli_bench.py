@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from foretoken.cli_common import device_of
+
 bench = typer.Typer(help="Time decoding beside its peers, in one run.", rich_markup_mode=None)
 
 
@@ -32,6 +34,7 @@ def decode(
     prompts: Annotated[int, typer.Option(help="Prompts of the checkpoint, per domain.")] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
     dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time transformers and llama.cpp too.")] = True,
     random_heads: Annotated[
         bool,
@@ -49,7 +52,8 @@ def decode(
         result = bench_decode(
             display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
-            prompts=prompts, rounds=rounds, dtype=dtype, peers=peers, random_heads=random_heads,
+            prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
+            random_heads=random_heads,
         )  # fmt: skip
         if out is not None:
             write_json(out, result)

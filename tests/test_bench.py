@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_decode.SHAPES, "30m", (64, 3, 2, 128))
     monkeypatch.setattr(bench_decode, "VOCABULARY", 300)
-    monkeypatch.setattr(bench_decode, "bandwidth", lambda: 20.0)
+    monkeypatch.setattr(bench_decode, "bandwidth", lambda _: 20.0)
 
 
 def texts(folder: Path) -> Path:
@@ -71,7 +71,8 @@ def test_random_weights(small_shape: None, run: Run, kind: str, tmp_path: Path) 
     assert set(result["versions"]) >= {"foretoken", "torch", "transformers", "xllamacpp"}
     rows_add_up(result["rows"])
     shown = [(row["batch"], row["decoder"], row["drafts"]) for row in result["rows"]]
-    assert shown == [(batch, "foretoken", k) for batch in (1, 2) for k in range(4)]
+    ways = [*(("foretoken", k) for k in range(4)), ("foretoken, tree of 5", 3), ("foretoken, tree of 8", 3)]
+    assert shown == [(batch, *way) for batch in (1, 2) for way in ways]
     for row in result["rows"]:  # acceptance means nothing where K is given
         assert (row["tokens_per_step"] is None) == bool(row["drafts"])
     assert all(row["differing"] == 0.0 for row in result["rows"])
@@ -142,7 +143,7 @@ def test_mistakes(run: Run, small_shape: None, words: list[object], part: str) -
 
 
 def test_bandwidth_is_a_machines() -> None:
-    assert 0.5 < bench_decode.bandwidth() < 5000
+    assert 0.5 < bench_decode.bandwidth("cpu") < 5000
 
 
 def test_comparison_takes_the_prompts_reading_out(checkpoint: Path) -> None:
