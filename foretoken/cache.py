@@ -8,6 +8,7 @@ Rows come and go: those in use are the first ones, the memory stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class KVCache:
     def capacity(self) -> int:
         """Positions a row can hold."""
         return self.keys.size(3)
+
+    @cached_property
+    def address(self) -> tuple[object, ...]:
+        """Where it lies: what has been captured for it serves any cache of this shape there."""
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape
 
     def positions(self, count: int) -> Tensor:
         """Absolute positions (B, count) that the next `count` tokens of every row get."""

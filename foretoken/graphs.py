@@ -12,10 +12,12 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foretoken.cache import KVCache, Window
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from foretoken import gpu
 
 BUCKETS = sorted(size << power for size in (256, 384) for power in range(16))  # slots
+Caches = tuple[KVCache, KVCache | None]  # the model's, and a sequential head's
 MOST_GRAPHS = 128  # that are kept; each holds the memory of its step's intermediate values
 
 
@@ -35,8 +38,7 @@ def bucket(slots: int) -> int:
     return next(size for size in BUCKETS if size >= slots)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a graph is fixed to: rows, tokens a row, slots, drafts and their candidates, and how tokens are picked.
 
     slots: that a row's attention reads.
@@ -50,19 +52,6 @@ class Shape:
     sampling: Sampling
     tree: bool
     proposed: bool
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Keys and values of the cache, and of a sequential head's."""
-
-    cache: KVCache
-    drafts: KVCache | None
-
-    @property
-    def addresses(self) -> tuple[object, ...]:
-        held = [cache for cache in (self.cache, self.drafts) if cache is not None]
-        return tuple((cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape) for cache in held)
 
 
 @dataclass(frozen=True)
@@ -122,26 +111,28 @@ class Graphs:
         given = [number for ids, *others in each for number in (*ids, *others)]
         given += [0] * ((rows - B) * (T + 4)) + [0, *tree.parents, *tree.depths, *tree.ancestors]
         law = F.pad(proposed, (0, 0, 0, 0, 0, rows - B)) if rejects and proposed is not None else None
-        memory = _Memory(cache, drafts_cache)
-        found, proposal = self._run(shape, memory, given, law)
-        parts = torch.split(found[:B], [T + 1, T, drafts * ranks, T], 1)
-        paths, picked, new, bits = (part.tolist() for part in parts)
-        logprobs = torch.tensor(bits).view(torch.float64).tolist()
-        accepted = [path.pop() for path in paths]
+        memory = (cache, drafts_cache)
+        numbers, proposal = self._run(shape, memory, given, law)
+        logprobs = numbers[:B, -T:].view(np.float64).tolist()
+        found = numbers[:B].tolist()
+        accepted = [row[0] + 1 for row in found]
         for held in (cache, drafts_cache):
             if held is not None:
-                held.lengths = [length + count + 1 for length, count in zip(held.lengths, accepted, strict=True)]
-        paths = [path[: count + 1] for path, count in zip(paths, accepted, strict=True)]
+                held.lengths = [length + count for length, count in zip(held.lengths, accepted, strict=True)]
+        paths = [row[1 : count + 1] for row, count in zip(found, accepted, strict=True)]
+        picked, new = [row[T + 1 : 2 * T + 1] for row in found], [row[2 * T + 1 : -T] for row in found]
         return picked, logprobs, paths, new, None if proposal is None else proposal[:B]
 
     def _run(
-        self, shape: Shape, memory: _Memory, given: list[int], proposed: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, shape: Shape, memory: Caches, given: list[int], proposed: Tensor | None
+    ) -> tuple[NDArray[np.int64], Tensor | None]:
         """`_step`, on the host's numbers; the result is on the host again, the law of new drafts is not."""
         assert self.tables is not None
         if self.device.type != "cuda":
-            return self._step(shape, memory, torch.tensor(given), proposed)
-        key = (shape, memory.addresses, self.tables[0].data_ptr())
+            found, law = self._step(shape, memory, torch.tensor(given), proposed)
+            return found.numpy(), law
+        addresses = [cache.address for cache in memory if cache is not None]
+        key = (shape, *addresses, self.tables[0].data_ptr())
         graph = self.captured.pop(key, None)
         if graph is None:
             graph = _Graph(given, proposed, lambda numbers, law: self._step(shape, memory, numbers, law))
@@ -152,14 +143,15 @@ class Graphs:
 
     @torch.inference_mode()
     def _step(
-        self, shape: Shape, memory: _Memory, given: Tensor, proposed: Tensor | None
+        self, shape: Shape, memory: Caches, given: Tensor, proposed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Of each row: the accepted nodes (T) and their number less one, the target's tokens behind them (T), the next
+        """Of each row: the number of accepted nodes less one, these (T), the target's tokens behind them (T), the next
         candidates (K x ranks) and the log-probabilities' bits (T); and the law of the drafts (B, K, V)."""
         B, T = shape.rows, shape.tokens
         rows, (parents, depths, seen) = given[: B * (T + 4)].view(B, T + 4), given[B * (T + 4) :].view(3, T)
         tokens, lengths, behind, seeds, positions = rows[:, :T], *rows[:, T:].unbind(1)
-        hidden, z = self._forward(shape, memory.cache, tokens, lengths, seen, depths)
+        cache, drafts_cache = memory
+        hidden, z = self._forward(shape, cache, tokens, lengths, seen, depths)
         vocab_size = self.unembedding.size(0)
         keys = Keys(shape.sampling, seeds, positions, T, vocab_size, self.device)
         logits = self._logits(hidden[0])  # (B, T, V)
@@ -170,15 +162,15 @@ class Graphs:
             picked, logprobs, hidden, z = (
                 picked.gather(1, path), logprobs.gather(1, path), hidden[:, every, path], z[every, path]
             )  # fmt: skip
-            memory.cache.move(every, lengths[:, None] + path, lengths[:, None] + torch.arange(T, device=self.device))
+            cache.move(every, lengths[:, None] + path, lengths[:, None] + torch.arange(T, device=self.device))
         law = None
-        found = [path, right[:, None], picked]
+        found = [right[:, None], path, picked]
         if shape.drafts:
             ahead = Keys(shape.sampling, seeds, positions + right + 1, shape.drafts, vocab_size, self.device)
-            if memory.drafts is None:
+            if drafts_cache is None:
                 candidates, laws = self._parallel(shape, ahead, hidden, right)
             else:
-                candidates, laws = self._sequential(shape, ahead, memory.drafts, picked, z, behind, right)
+                candidates, laws = self._sequential(shape, ahead, drafts_cache, picked, z, behind, right)
             found.append(candidates.flatten(1))
             law = filtered(laws, shape.sampling) if keys.rejection else None
         return torch.cat((*found, logprobs.view(torch.int64)), 1), law
@@ -311,8 +303,9 @@ class _Graph:
         with torch.cuda.graph(self.graph):
             self.found, self.proposal = call(self.given, self.law)
         self.back = torch.empty(self.found.shape, dtype=self.found.dtype, pin_memory=True)
+        self.result: NDArray[np.int64] = self.back.numpy()
 
-    def run(self, given: list[int], law: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(self, given: list[int], law: Tensor | None) -> tuple[NDArray[np.int64], Tensor | None]:
         """Replay it; waits for the result."""
         self.numbers[:] = given
         self.given.copy_(self.host, non_blocking=True)
@@ -321,4 +314,4 @@ class _Graph:
         self.graph.replay()
         self.back.copy_(self.found, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return self.back, self.proposal
+        return self.result, self.proposal

@@ -251,7 +251,7 @@ class BlockStack:
         if mask is not None and m > 1:
             mask = mask.repeat(m, 1, 1, 1)  # (m B, 1, groups T, S)
         y = F.scaled_dot_product_attention(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
-        return y.view(m, B, N, T, H).transpose(2, 3).reshape(m, B * T, N * H)
+        return y.reshape(m, B, N, T, H).transpose(2, 3).reshape(m, B * T, N * H)
 
 
 class SequentialStack(BlockStack):
