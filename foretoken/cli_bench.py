@@ -10,12 +10,12 @@ import typer
 
 from foretoken.cli_common import device_of
 
-bench = typer.Typer(help="Time decoding beside its peers, in one run.", rich_markup_mode=None)
+bench = typer.Typer(help="Time decoding, or training, beside other ways to do it, in one run.", rich_markup_mode=None)
 
 
 @bench.callback()
 def _group() -> None:
-    """Time decoding beside its peers, in one run."""
+    """Time decoding, or training, beside other ways to do it, in one run."""
 
 
 @bench.command("decode", epilog="Example: foretoken bench decode runs/demo --size 110m --out decode.json")
@@ -54,6 +54,43 @@ def decode(
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
             random_heads=random_heads,
+        )  # fmt: skip
+        if out is not None:
+            write_json(out, result)
+        if as_json:
+            typer.echo(json.dumps(result))
+        else:
+            display.result(table(result["rows"]))
+
+
+@bench.command("train", epilog="Example: foretoken bench train --vocabulary 32000 --heads 1 --heads 4 --out train.json")
+def train(
+    vocabulary: Annotated[list[int] | None, typer.Option(help="Any number. Default: 256, 32000, 128256.")] = None,
+    heads: Annotated[list[int] | None, typer.Option(help="n; any number. Default: 1, 2, 4, 8.")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="chunked, sequential, naive, replicated; any number. Default: all.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Of the model.")] = 512,
+    blocks: Annotated[int, typer.Option(help="Of the model, with those of the further heads.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of the products: bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")] = False,
+) -> None:
+    """Time training steps and their memory, by number of heads and by how their loss is taken."""
+    from foretoken.bench_train import WAYS, bench_train, table
+    from foretoken.display import Display
+    from foretoken.files import write_json
+
+    with Display() as display:
+        result = bench_train(
+            display, vocabularies=vocabulary or (256, 32_000, 128_256), heads=heads or (1, 2, 4, 8), ways=way or WAYS,
+            width=width, blocks=blocks, context=context, batch=batch, rounds=rounds, dtype=dtype,
+            device=device_of(device), compiled=compiled,
         )  # fmt: skip
         if out is not None:
             write_json(out, result)

@@ -216,7 +216,7 @@ def begin(
     _process(model, tokenizer, requests, options)
     drafts, source, nodes = options.get("drafts"), _source(options), options.get("nodes")
     check_requests(model, requests, drafts, source)
-    check_nodes(nodes, drafts, sampling, source)
+    check_nodes(nodes, sampling, source)
     return requests, decode(model, requests, sampling, drafts, size, source, nodes)
 
 

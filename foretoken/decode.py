@@ -46,13 +46,14 @@ def decode(
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
     drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
     (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step
-    as a tree of so many places, K deep; by default a chain, or what pays where K is None. slots: how many requests run
-    at a time, by default all; the others wait, and take the rows of those that end. source: where drafts come from, by
-    default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the caller between two
+    as a tree of so many places, at most K deep; by default a chain, or what pays where K is None. slots: how many
+    requests run at a time, by default all; the others wait, and take the rows of those that end. source: where drafts
+    come from, by default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the
+    caller between two
     yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """
     check_requests(model, requests, drafts, source)
-    check_nodes(nodes, drafts, sampling, source)
+    check_nodes(nodes, sampling, source)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
@@ -201,14 +202,12 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
             )
 
 
-def check_nodes(nodes: int | None, drafts: int | None, sampling: Sampling, source: Source = None) -> None:
+def check_nodes(nodes: int | None, sampling: Sampling, source: Source = None) -> None:
     """Raises ConfigError for a tree that cannot be."""
     if nodes is None:
         return
     if not 1 <= nodes <= LARGEST_TREE:
         raise ConfigError(f"nodes = {nodes} must lie between 1 and {LARGEST_TREE}")
-    if drafts is not None and nodes < drafts:
-        raise ConfigError(f"nodes = {nodes} are fewer than the drafts = {drafts} of a step's longest branch")
     if sampling.rejects:
         raise ConfigError("nodes: drafts are accepted by rejection along chains only")
     if isinstance(source, Lookup):

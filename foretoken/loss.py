@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_ELEMENTS = 1 << 24  # logits held at a time, whatever n, T and V are
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time, whatever n, T and V are; on a GPU `ON_GPU` times as many
+ON_GPU = 16
+SLICE = 1 << 11  # tokens of the vocabulary
 
 
 def targets(
@@ -76,10 +78,8 @@ def mtp_loss(
     weight_learns_from: the unembedding gets the gradients of so many heads, the first; None: of all.
     """
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = [h.to(dtype) for h in hidden], weight.to(dtype)
-    flat = [h.flatten(0, 1) for h in hidden]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    flat = [h.to(dtype).flatten(0, 1) for h in hidden]
     if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
         weight, flat = weight.detach(), [h.detach() for h in flat]
     total, sums, predictions = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -94,33 +94,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, labels: Tensor, scales: Tensor, learns_from: int, *hidden: Tensor
     ) -> tuple[Tensor, ...]:
-        rows = max(1, CHUNK_ELEMENTS // weight.size(0))
+        ctx.weight_dtype = weight.dtype
+        weight = weight.to(hidden[0].dtype)  # here, not before: its gradient then is made once, in a wide type
+        rows = _chunk_rows(weight, labels.size(1))
         wide = torch.promote_types(weight.dtype, torch.float32)
         needs = any(ctx.needs_input_grad)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs else None
         grad_hidden = [torch.empty_like(h) if needs else None for h in hidden]
         sums = torch.zeros(len(hidden), dtype=torch.float64, device=weight.device)
-        predictions = torch.empty_like(labels)
+        predictions, factors = torch.empty_like(labels), scales.to(weight.device, wide)
         for d, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
             for start in range(0, wanted.size(0), rows):
                 part = slice(start, start + rows)
-                logits = (states[part] @ weight.T).to(wide)  # (rows, V)
-                predictions[d, part] = logits.argmax(-1)
-                label = wanted[part]
-                valid = label != IGNORE
-                index = label.clamp(min=0)[:, None]
-                lse = torch.logsumexp(logits, -1)
-                nll = lse - logits.gather(1, index)[:, 0]
+                label, valid = wanted[part].clamp(min=0), wanted[part] != IGNORE
+                chunk = _Chunk(states[part], weight)
+                predictions[d, part] = chunk.best
+                nll = chunk.normaliser - (states[part].to(wide) * weight[label].to(wide)).sum(-1)
                 sums[d] += nll.masked_fill(~valid, 0.0).double().sum()
                 if grad_weight is not None:
-                    grad = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' memory
-                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-                    grad = grad.mul_((valid * scales[d]).to(wide)[:, None]).to(weight.dtype)
-                    grad_hidden[d][part] = grad @ weight  # type: ignore[index]
-                    if d < learns_from:
-                        grad_weight += grad.T @ states[part]
+                    learns = grad_weight if d < learns_from else None
+                    grad_hidden[d][part] = chunk.backward(label, valid * factors[d], learns)  # type: ignore[index]
         ctx.save_for_backward(grad_weight, *grad_hidden)
-        ctx.weight_dtype = weight.dtype
         total = (sums * scales.to(sums.device)).sum().to(wide)
         ctx.mark_non_differentiable(sums, predictions)
         return total, sums, predictions
@@ -128,12 +122,79 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *grad_hidden = ctx.saved_tensors
-        weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
+        scaled = grad_total.to(grad_weight.dtype)
+        if ctx.needs_input_grad[0]:  # in its own memory: what is saved here is used once
+            grad_weight = grad_weight.mul_(scaled).to(ctx.weight_dtype)
         hidden = [
-            (h * grad_total).to(h.dtype) if needs else None
+            h.mul_(scaled.to(h.dtype)) if needs else None
             for h, needs in zip(grad_hidden, ctx.needs_input_grad[4:], strict=True)
         ]
-        return weight, None, None, None, *hidden
+        return grad_weight if ctx.needs_input_grad[0] else None, None, None, None, *hidden
+
+
+def _chunk_rows(weight: Tensor, positions: int) -> int:
+    """Positions whose logits are held at a time: chunks of one size, as near as can be."""
+    most = max(1, CHUNK_ELEMENTS * (ON_GPU if weight.device.type == "cuda" else 1) // weight.size(0))
+    return -(-positions // -(-positions // most))
+
+
+class _Chunk:
+    """The logits of some positions, slice by slice of the vocabulary, as exponentials.
+
+    states (rows, D), weight (V, D). best (rows): first choices. normaliser (rows): logsumexp of the logits. A slice
+    holds exp(logit - its row's highest in the slice) in the weight's type, which makes rounding small beside what is
+    rounded; what is missing to the softmax is a factor of a slice's row, and goes into the products beside it.
+    """
+
+    def __init__(self, states: Tensor, weight: Tensor) -> None:
+        self.states, self.weight, self.slices = states, weight, _slices(weight)
+        self.exponentials = states.new_empty(states.size(0), weight.size(0))
+        wide, count = torch.promote_types(weight.dtype, torch.float32), (len(self.slices), states.size(0))
+        tops, sums = (states.new_empty(count, dtype=wide) for _ in range(2))
+        firsts = torch.empty(count, dtype=torch.int64, device=weight.device)
+        on_gpu = weight.device.type == "cuda"
+        exponentiate = torch.compile(_exponentiate) if on_gpu else _exponentiate
+        # One buffer for all slices: small tensors that outlive large ones would leave holes in a processor's memory.
+        buffer = None if on_gpu else states.new_empty(states.size(0) * min(SLICE, weight.size(0)), dtype=wide)
+        for index, columns in enumerate(self.slices):
+            part = self.exponentials[:, columns]
+            torch.mm(states, weight[columns].T, out=part)
+            room = None if buffer is None else buffer[: part.numel()].view(part.shape)
+            tops[index], firsts[index], sums[index] = exponentiate(part, room)
+        self.tops, (top, which) = tops, tops.max(0)
+        starts = torch.tensor([columns.start for columns in self.slices], device=weight.device)
+        self.best = firsts.gather(0, which[None])[0] + starts[which]
+        self.normaliser = top + (sums * (tops - top).exp()).sum(0).log()
+
+    def backward(self, label: Tensor, factor: Tensor, grad_weight: Tensor | None) -> Tensor:
+        """The gradient (rows, D) of the states, in a wide type: of factor (rows) x cross-entropy with `label` (rows).
+
+        That of the weight is added to `grad_weight`, if it is given.
+        """
+        found = -factor[:, None] * self.weight[label].to(factor.dtype)
+        for columns, top in zip(self.slices, self.tops, strict=True):
+            part, share = self.exponentials[:, columns], (factor * (top - self.normaliser).exp())[:, None]
+            found += (part @ self.weight[columns]) * share
+            if grad_weight is not None:
+                grad_weight[columns] += part.T @ (share * self.states).to(part.dtype)
+        if grad_weight is not None:
+            grad_weight.index_add_(0, label, -factor[:, None] * self.states.to(factor.dtype))
+        return found
+
+
+def _slices(weight: Tensor) -> list[slice]:
+    """Parts of the vocabulary, small enough that a processor's cache holds what is computed of a chunk's logits."""
+    size = weight.size(0) if weight.device.type == "cuda" else SLICE
+    return [slice(start, start + size) for start in range(0, weight.size(0), size)]
+
+
+def _exponentiate(logits: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Make of logits (rows, columns) exp(logits - top): their highest, where it is, and the sum; wide but the place."""
+    top, best = logits.max(-1)
+    top = top.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.sub(logits, top[:, None], out=room).exp_()
+    logits.copy_(wide)
+    return top, best, wide.sum(-1)
 
 
 def sequential_backward(

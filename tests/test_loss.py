@@ -232,7 +232,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+        mm, bmm, addmm = torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm
+        self.products += func in (mm.default, mm.out, bmm.default, addmm.default)
         logits = isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (self.vocab,)
         if logits and out.shape != self.transposed:
             self.largest = max(self.largest, out.numel())

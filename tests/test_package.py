@@ -63,6 +63,7 @@ ORDER = [
     "bench",
     "bench_peers",
     "bench_decode",
+    "bench_train",
     "lab.stored",
     "report",
     "demo",
