@@ -247,6 +247,7 @@ class TrainConfig(_Section):
     attention_across_documents: bool = True
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on a GPU")
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")

@@ -38,7 +38,7 @@ from foretoken.tokenizer import Tokenizer, from_config
 from foretoken.train_state import TRAIN_STATE
 
 # What may differ between a run and its continuation: these decide what is written and where, not what is learned.
-FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device")
+FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device", "compile")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def train(
 
     meter = Meter(model_config.n_future, batches.tokens.tokens_per_byte)
     model, optimizers, step, last = _begin(start, recipe, model_config, device, meter)
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        model.compile_blocks()
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     parameters = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": parameters})
