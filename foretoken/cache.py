@@ -17,7 +17,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of `blocks` transformer blocks for B rows of at most `capacity` positions each.
 
-    All rows are in use at first; `select` gives some up, and `vacant` and `join` take one again.
+    All rows are in use at first; `select` gives some up, and `vacant` and `join` take one again. memory: of an earlier
+    cache of this shape, whatever lies there.
     """
 
     def __init__(
@@ -29,10 +30,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         shape = (blocks, rows, kv_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if memory is None:
+            memory = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        assert all(side.shape == shape and side.dtype == dtype for side in memory)
+        self.keys, self.values = memory
         self.lengths = [0] * rows
 
     @property

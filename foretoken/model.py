@@ -6,6 +6,7 @@ Heads return hidden states; only the loss and the decode loop turn them into log
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from foretoken.processors import Change
 from foretoken.sampling import Keys, filtered, rejection
 from foretoken.tree import Tree
 
+MOST_FREE = 4  # caches whose memory is kept for the next
 Parts = tuple[tuple[Tensor, Tensor, Tensor], list[BlockStack], BlockStack, SequentialStack | None, float]
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
@@ -171,6 +173,7 @@ class Stepper:
         self.made_from = _addresses(model)
         self.paces: dict[object, Pace] = {}  # by batch size and where drafts come from
         self.native = self._native() if compiled else None
+        self.free: list[tuple[Tensor, Tensor]] = []  # memory of caches that are gone
         self.graphs = Graphs(*self.parts()) if compiled and model.device.type == "cuda" else None
 
     def parts(self) -> Parts:
@@ -199,9 +202,18 @@ class Stepper:
 
     def _cache(self, blocks: int, rows: int, capacity: int) -> KVCache:
         c, model = self.config, self.model
-        if self.graphs is not None:
-            capacity = bucket(capacity)
-        return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
+        if self.graphs is None:
+            return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
+        # What is captured writes to fixed memory, so caches that come after each other share it, whatever K is.
+        blocks, capacity = (1 if blocks == 1 else len(self.trunk) + self.heads.m), bucket(capacity)
+        shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
+        at = next((index for index, memory in enumerate(self.free) if memory[0].shape == shape), None)
+        cache = KVCache(*shape, model.dtype, model.device, None if at is None else self.free.pop(at))
+        weakref.finalize(cache, self._give_back, (cache.keys, cache.values))
+        return cache
+
+    def _give_back(self, memory: tuple[Tensor, Tensor]) -> None:
+        self.free = [memory, *self.free[: MOST_FREE - 1]]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, heads: int, tree: Tree | None = None) -> tuple[Tensor, Tensor]:

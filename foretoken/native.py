@@ -241,21 +241,16 @@ class Native:
         return _rows(found[: B * T], T, B), _rows(logprobs[:], T, B), paths, new, proposal
 
     def _reading(self, cache: KVCache) -> Any:
-        if self.layers[0] != (where := _where(cache)):
+        if self.layers[0] != (where := cache.address):
             blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
             self.layers = where, _array(_Layer, len(blocks))(*blocks)
         return self.layers[1]
 
     def _drafting(self, cache: KVCache) -> Any:
         assert self.drafter is not None
-        if self.draft_layer[0] != (where := _where(cache)):
+        if self.draft_layer[0] != (where := cache.address):
             self.draft_layer = where, _layer(self.drafter, 0, cache, 0)
         return self.draft_layer[1]
-
-
-def _where(cache: KVCache) -> tuple[Any, ...]:
-    """What the addresses in a `_Layer` rest on."""
-    return cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
 
 
 def _layer(stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:

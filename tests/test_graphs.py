@@ -16,7 +16,7 @@ from test_decode import PROMPTS
 from foretoken.cache import KVCache
 from foretoken.decode import decode
 from foretoken.graphs import BUCKETS, Graphs, Shape
-from foretoken.model import Model, Stepper
+from foretoken.model import MOST_FREE, Model, Stepper
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 
@@ -108,6 +108,22 @@ def test_it_is_used_and_adds_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert turns > 3
 
 
+def test_caches_that_follow_each_other_share_memory() -> None:
+    """Else what is captured would be captured again; whatever K is, and not more of them than is said."""
+    stepper = with_graphs(small("parallel")).stepper()
+    first = stepper.new_cache(2, 100, 4)
+    address = first.address
+    beside = stepper.new_cache(2, 90, 1)  # of the same bucket, while the first is there
+    assert beside.address != address
+    del first
+    again = stepper.new_cache(2, 120, 2)
+    assert again.address == address
+    assert again.lengths == [0, 0]
+    held = [stepper.new_cache(rows, 100, 4) for rows in range(1, 9)]
+    del held, beside, again
+    assert len(stepper.free) == MOST_FREE
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lies_behind_the_used_slots_means_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full bucket's slots are read, and masked; caches are filled with numbers that would be seen."""
@@ -115,7 +131,8 @@ def test_what_lies_behind_the_used_slots_means_nothing(kind: str, monkeypatch: p
     real = KVCache.__init__
 
     def filled(cache: KVCache, blocks: int, rows: int, kv_heads: int, capacity: int, *rest: Any) -> None:
-        real(cache, blocks, rows, kv_heads, next(size for size in BUCKETS if size >= capacity), *rest)
+        assert capacity in BUCKETS
+        real(cache, blocks, rows, kv_heads, capacity, *rest)
         cache.keys.fill_(50.0)
         cache.values.fill_(50.0)
 
