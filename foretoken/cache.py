@@ -103,8 +103,9 @@ class KVCache:
         moved = [(new, old) for new, old in enumerate(rows) if new != old]
         if moved:
             to, origin = (torch.tensor(side, device=self.keys.device) for side in zip(*moved, strict=True))
+            used = max(self.lengths[old] for _, old in moved)
             for tensor in (self.keys, self.values):
-                tensor[:, to] = tensor[:, origin]
+                tensor[:, to, :, :used] = tensor[:, origin, :, :used]
         self.lengths = [self.lengths[row] for row in rows]
 
     def vacant(self) -> KVCache:

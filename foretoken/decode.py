@@ -169,6 +169,9 @@ class Batch:
         self.drafted, self.ahead, self.tree = turn.drafts, turn.ahead, self.drafter.tree
         alive = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
         if len(alive) < len(self.requests):
+            # The last rows take the places of those that ended: to move up would copy the caches of all behind them.
+            last = alive[::-1]
+            alive = [index if index in alive else last.pop(0) for index in range(len(alive))]
             self.cache.select(alive)
             self.drafter.select(alive)
             self.requests, self.drafted = [self.requests[i] for i in alive], [self.drafted[i] for i in alive]
