@@ -68,8 +68,8 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
     model.to(device)
     if compiled:
         model.compile_blocks()
-    further = nn.ModuleList(nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(n - 1))
-    further.to(device)
+    matrices = [nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(n - 1)]
+    further = nn.ModuleList(matrices if way == "replicated" else ()).to(device)
 
     def step(tokens: Tensor) -> None:
         T = tokens.size(1) - n
@@ -92,10 +92,9 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
                 ]
                 total = torch.stack(losses).sum()
             else:
-                matrices = [model.lm_head.weight, *(layer.weight for layer in further)]
                 losses = [
-                    checkpoint(unembedded, hidden[0], weight, y, use_reentrant=False)
-                    for weight, y in zip(matrices, labels, strict=True)
+                    checkpoint(unembedded, hidden[0], layer.weight, y, use_reentrant=False)
+                    for layer, y in zip((model.lm_head, *further), labels, strict=True)
                 ]
                 total = torch.stack(losses).sum()
         total.backward()  # type: ignore[no-untyped-call]

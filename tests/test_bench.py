@@ -1,4 +1,4 @@
-"""The benchmark of decoding: what it times is what it says, and its figures hang together."""
+"""The benchmarks of decoding and training: what they time is what they say, and their figures hang together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from test_cli import Run, run  # noqa: F401 - a fixture
+from test_cli import Run, run, wrong  # noqa: F401 - a fixture
 
-from foretoken import bench_decode, bench_peers
+from foretoken import bench_decode, bench_peers, bench_train
 from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_prompts
 from foretoken.bench_peers import Workload
 from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
 from foretoken.lab import acceptance
+from foretoken.model import Model
 from foretoken.tokenizer import byte_tokenizer
 
 KEYS = {
@@ -179,3 +180,56 @@ def test_docs_hold_the_tables_of_the_stored_results() -> None:
         assert bench_decode.table(stored["rows"]) == shown
     stored = json.loads((docs / "results" / "acceptance.json").read_text(encoding="utf-8"))
     assert acceptance.table(stored) in page
+
+
+def test_docs_hold_the_tables_of_the_stored_training_steps() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "training.md").read_text(encoding="utf-8")
+    named = re.findall(r"<!-- the table of (results/train-[a-z0-9.-]+\.json) -->\n(.*?)\n<!-- end -->", page, re.S)
+    assert len(named) == len(list((docs / "results").glob("train-*.json"))) > 0
+    for name, shown in named:
+        stored = json.loads((docs / name).read_text(encoding="utf-8"))
+        assert bench_train.table(stored["rows"]) == shown
+
+
+def test_training_steps(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "train.json"
+    options = ["--width", 64, "--blocks", 4, "--context", 32, "--batch", 2, "--rounds", 1, "--dtype", "float32"]
+    command = ["bench", "train", "--vocabulary", 300, "--vocabulary", 40, "--heads", 1, "--heads", 3, *options]
+    result = run(*command, "--out", out, "--json").json
+    assert json.loads(out.read_text()) == result
+    assert set(result) == {"machine", "versions", "product_tflops", "rows"}
+    rows = result["rows"]
+    ways = [(row["vocabulary"], row["way"], row["n"]) for row in rows]
+    assert ways == [(v, way, n) for v in (300, 40) for way in bench_train.WAYS for n in (1, 3)]
+    for row in rows:
+        assert 0 < row["min"] <= row["ms"] <= row["max"]
+        assert row["tokens_per_second"] == pytest.approx(64 / row["ms"] * 1e3)
+        assert row["tflops"] == pytest.approx(row["flops"] / row["ms"] / 1e9)
+        assert (row["ms_ratio"] == row["flops_ratio"] == 1.0) or row["n"] == 3
+    shared, apart = (next(r for r in rows if r["way"] == way and r["n"] == 3) for way in ("chunked", "replicated"))
+    assert apart["parameters"] - shared["parameters"] == 2 * 300 * 64  # a matrix for each further head
+    assert len(run(*command).out.splitlines()) == 2 + len(rows)
+    wrong(run(*command, "--way", "both"), "way both: must be one of")
+
+
+def test_every_way_to_take_the_loss_is_the_same_loss() -> None:
+    """Those with a shared unembedding give one gradient; the naive one is written apart from the package."""
+    config = bench_train.shape(50, 64, 4, 24, 3)
+    tokens = torch.randint(0, 50, (2, 27), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for way in ("chunked", "sequential", "naive"):
+        model, step = bench_train.step_of(way, config, torch.float32, "cpu", False)
+        step(tokens)
+        gradients.append([p.grad for p in model.parameters()])
+        assert all(grad is not None for grad in gradients[-1])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    config = bench_train.shape(100, 128, 4, 16, 2)
+    weights = sum(p.numel() for name, p in Model(config).named_parameters() if p.dim() == 2 and "embed" not in name)
+    attention = 4 * 12 * 128 * 16 / 2
+    assert bench_train.flops(config, 1, 16) == 6 * (weights + 100 * 128) + attention  # head 2 unembeds too

@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = (
     "foretoken demo",
     "foretoken bench decode --size",
+    "foretoken bench train",
     "foretoken train demo",
     "foretoken train my-recipe.toml",
     "foretoken train-tokenizer",
