@@ -7,6 +7,7 @@ and errors to standard error. A user's mistake is one line and exit code 2.
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,10 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of a shipped one such as tiny or demo.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="A checkpoint to begin with, ours or Hugging Face's, such as one without heads."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +74,8 @@ def train(
     from foretoken.recipe import load_recipe
     from foretoken.train import train as run
 
-    resolved = load_recipe(recipe, tuple(overrides or ()))
+    given = () if start is None else (f"model.start_from={json.dumps(start)}",)
+    resolved = load_recipe(recipe, (*given, *(overrides or ())))
     folder = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
     with Display(quiet_text=as_json) as display:
         result = run(resolved, folder, resume=resume, report=display.record)

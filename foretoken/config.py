@@ -92,11 +92,17 @@ class ModelConfig(_Section):
 
 
 class ModelRecipe(_Section):
-    """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`."""
+    """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`.
 
+    start_from: a checkpoint, of any program, whose shape, weights and tokenizer the run begins with; of its heads the
+    first n_future. Further ones begin as copies of its last block. frozen: its next-token path stays as it is.
+    """
+
+    start_from: str | None = None
+    frozen: bool = False
     architecture: Architecture = "llama"
-    hidden_size: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
+    num_attention_heads: int | None = Field(default=None, ge=1)
     num_key_value_heads: int | None = Field(default=None, ge=1)
     head_dim: int | None = None
     intermediate_size: int | None = Field(default=None, ge=1)
@@ -109,7 +115,9 @@ class ModelRecipe(_Section):
     tie_word_embeddings: bool = False
     n_future: int = Field(default=4, ge=1)
     head_kind: HeadKind = "parallel"
-    head_init: Literal["random", "last_block"] = "random"
+    head_init: Literal["random", "last_block"] | None = Field(
+        default=None, description="by default random, and last_block with start_from"
+    )
 
     @property
     def blocks_beside(self) -> int:
@@ -117,7 +125,23 @@ class ModelRecipe(_Section):
         return min(1, self.n_future - 1) if self.head_kind == "sequential" else self.n_future - 1
 
     @model_validator(mode="after")
+    def _own_shape_or_another(self) -> ModelRecipe:
+        own = self.model_fields_set - {"start_from", "frozen", "n_future", "head_kind", "head_init"}
+        if self.start_from is not None and own:
+            raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
+        if self.frozen and (self.start_from is None or self.n_future == 1):
+            raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
+        for key in ("hidden_size", "num_attention_heads") if self.start_from is None else ():
+            if getattr(self, key) is None:
+                raise ValueError(f"'{key}' is missing")
+        return self
+
+    @model_validator(mode="after")
     def _one_depth(self) -> ModelRecipe:
+        if self.start_from is not None:
+            return self
+        assert self.hidden_size is not None
+        assert self.num_attention_heads is not None
         if (self.num_hidden_layers is None) == (self.total_blocks is None):
             raise ValueError("give exactly one of num_hidden_layers and total_blocks")
         if self.total_blocks is not None and self.total_blocks <= self.blocks_beside:
@@ -134,6 +158,8 @@ class ModelRecipe(_Section):
 
     def resolve(self, vocab_size: int, seq_len: int) -> ModelConfig:
         """The full model configuration for a vocabulary of `vocab_size` tokens and windows of `seq_len` tokens."""
+        assert self.hidden_size is not None
+        assert self.num_attention_heads is not None
         positions = self.max_position_embeddings or seq_len
         if positions < seq_len:
             raise ConfigError(
@@ -143,7 +169,7 @@ class ModelRecipe(_Section):
         if layers is None:
             assert self.total_blocks is not None
             layers = self.total_blocks - self.blocks_beside
-        fields = self.model_dump(exclude={"total_blocks", "head_init"})
+        fields = self.model_dump(exclude={"total_blocks", "head_init", "start_from", "frozen"})
         fields.update(
             vocab_size=vocab_size,
             num_hidden_layers=layers,
@@ -213,14 +239,45 @@ class WeightPoint(_Section):
 class LossConfig(_Section):
     """[loss]: how the heads' cross-entropies are counted and summed, and what they train.
 
-    head_gradients: the parts shared with head 1 that the losses of heads 2..n train: the trunk, the embedding where a
-    sequential head reads it, the unembedding with its norm.
+    head_weights, or head_schedule: "geometric" is head_beta^(i - 1) for head i; "linear_decay" lets heads 2..n fall
+    from 1 to 0 over the run; "forward" begins with head 1 and makes one more active after every n-th of the run,
+    "reverse" begins with all and ends with head 1. offsets: which future tokens the one state of a model with n_future
+    = 1 is scored against, with the same logits and no parameters more: [1, 2, 3], or one other token than the next,
+    [4]; a weight each. head_gradients: the parts shared with head 1 that the losses of heads 2..n train: the trunk, the
+    embedding where a sequential head reads it, the unembedding with its norm.
+
+    Heads 2..n learn from the data's tokens (data), and from head 1's distribution p of the same token, where that is in
+    the window: soft is cross-entropy with p (its soft_top_k likeliest tokens), total_variation TV(p, q), acceptance
+    -log sum(min(p, q)), the chance that a draft is accepted. The numbers are weights of these terms.
     """
 
     method: Literal["chunked", "sequential"] = "chunked"
     targets_across_documents: bool = False
     head_weights: tuple[float, ...] | tuple[WeightPoint, ...] = ()
+    head_schedule: Literal["constant", "geometric", "linear_decay", "forward", "reverse"] = "constant"
+    head_beta: float = Field(default=0.8, gt=0)
+    offsets: tuple[Annotated[int, Field(ge=1)], ...] = ()
     head_gradients: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
+    data: float = Field(default=1.0, ge=0)
+    soft: float = Field(default=0.0, ge=0)
+    soft_top_k: int = Field(default=0, ge=0, description="0: all tokens")
+    total_variation: float = Field(default=0.0, ge=0)
+    acceptance: float = Field(default=0.0, ge=0)
+
+    @property
+    def distils(self) -> bool:
+        """Whether heads learn from head 1's distribution."""
+        return self.soft + self.total_variation + self.acceptance > 0
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> LossConfig:
+        if self.head_weights and self.head_schedule != "constant":
+            raise ValueError(f'head_weights and head_schedule = "{self.head_schedule}" both say the weights; give one')
+        if sorted(set(self.offsets)) != list(self.offsets):
+            raise ValueError(f"offsets = {list(self.offsets)} must rise")
+        if self.method == "sequential" and (self.offsets or self.distils):
+            raise ValueError('offsets and distillation need method = "chunked"')
+        return self
 
 
 class OptimConfig(_Section):
@@ -276,9 +333,22 @@ class Recipe(_Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
 
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """What the losses are of: head i predicts the i-th next token, or see `LossConfig.offsets`."""
+        return self.loss.offsets or tuple(range(1, self.model.n_future + 1))
+
+    @model_validator(mode="after")
+    def _offsets_of_one_head(self) -> Recipe:
+        if self.loss.offsets and self.model.n_future > 1:
+            raise ValueError(f"loss.offsets are for n_future = 1, not {self.model.n_future}: there head i has token i")
+        if self.loss.distils and self.model.n_future == 1:
+            raise ValueError("loss.soft, total_variation and acceptance train heads 2..n, and n_future = 1 has none")
+        return self
+
     @model_validator(mode="after")
     def _weights_per_head(self) -> Recipe:
-        n = self.model.n_future
+        n = len(self.offsets)
         for point in self.loss.head_weights:
             weights = point.weights if isinstance(point, WeightPoint) else self.loss.head_weights
             if len(weights) != n:

@@ -100,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         needs = any(ctx.needs_input_grad)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs else None
-        grad_hidden = [torch.empty_like(h) if needs else None for h in hidden]
+        grad_hidden = [torch.zeros_like(h) if needs else None for h in hidden]
         sums = torch.zeros(len(hidden), dtype=torch.float64, device=weight.device)
         predictions, factors = torch.empty_like(labels), scales.to(weight.device, wide)
         for d, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
@@ -111,8 +111,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 predictions[d, part] = chunk.best
                 nll = chunk.normaliser - (states[part].to(wide) * weight[label].to(wide)).sum(-1)
                 sums[d] += nll.masked_fill(~valid, 0.0).double().sum()
-                if grad_weight is not None:
-                    learns = grad_weight if d < learns_from else None
+                learns = grad_weight if ctx.needs_input_grad[0] and d < learns_from else None
+                if learns is not None or ctx.needs_input_grad[4 + d]:
                     grad_hidden[d][part] = chunk.backward(label, valid * factors[d], learns)  # type: ignore[index]
         ctx.save_for_backward(grad_weight, *grad_hidden)
         total = (sums * scales.to(sums.device)).sum().to(wide)

@@ -25,8 +25,9 @@ FILE = "metrics.jsonl"
 class Meter:
     """Sums of what loss passes give, per head, until `take` makes a record of them and starts anew."""
 
-    def __init__(self, n: int, tokens_per_byte: float) -> None:
+    def __init__(self, n: int, tokens_per_byte: float, compared: bool = True) -> None:
         self.n, self.tokens_per_byte = n, tokens_per_byte
+        self.compared = compared  # whether heads are of the n next tokens, so that they can agree with head 1
         self._reset()
 
     def _reset(self) -> None:
@@ -36,11 +37,14 @@ class Meter:
 
     def add(self, output: LossOutput, counts: torch.Tensor, document_ids: torch.Tensor) -> None:
         """Add one pass: its output, its valid targets (n,), and the document ids (B, T + n) of its windows."""
+        for name, value in (("loss", output.sums), ("count", counts), ("correct", output.correct)):
+            self.sums[name] += value.cpu()
+        if not self.compared:
+            return
         agreed = agreement(output.predictions, document_ids)
         accepted = torch.nn.functional.pad(agreed.accepted, (1, 0))  # nothing drafts head 1's token
-        values = (output.sums, counts, output.correct, agreed.agreed, agreed.count, accepted)
-        for total, value in zip(self.sums.values(), values, strict=True):
-            total += value.cpu()
+        for name, value in (("agreed", agreed.agreed), ("pairs", agreed.count), ("accepted", accepted)):
+            self.sums[name] += value.cpu()
         self.positions += int(agreed.positions)
 
     def take(self, kind: str, step: int) -> Record:

@@ -114,11 +114,14 @@ def learning_rate_ratio(step: int, total_steps: int, config: OptimConfig) -> flo
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def head_weights(step: int, n: int, config: LossConfig) -> list[float]:
-    """The n heads' loss weights at `step`: all 1 (the paper), constant, or linear between the recipe's points."""
-    points = config.head_weights
+def head_weights(step: int, total_steps: int, n: int, config: LossConfig) -> list[float]:
+    """The n heads' loss weights at `step`: all 1 (the paper), or as the recipe's schedule or points say."""
+    points, done = config.head_weights, step / max(1, total_steps)
     if not points:
-        return [1.0] * n
+        active = {"forward": 1 + int(done * n), "reverse": n - int(done * n)}.get(config.head_schedule, n)
+        ratio = config.head_beta if config.head_schedule == "geometric" else 1.0
+        further = 1 - done if config.head_schedule == "linear_decay" else 1.0
+        return [(further if i else 1.0) * ratio**i if i < active else 0.0 for i in range(n)]
     if not isinstance(points[0], WeightPoint):
         return [float(w) for w in points]
     ordered = sorted((p for p in points if isinstance(p, WeightPoint)), key=lambda p: p.step)

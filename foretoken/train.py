@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from foretoken import metrics, optim
+from foretoken import metrics, optim, retrofit
 from foretoken.checkpoint import (
     STEP_PREFIX,
     Provenance,
@@ -29,6 +29,7 @@ from foretoken.checkpoint import (
 )
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Batch, Split, Tokens, Windows, prepare
+from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
 from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
@@ -65,8 +66,11 @@ def train(
     _check_folder(run, resume)
     metrics.check_extras(config)
     device = _device(config)
-    tokenizer = from_config(recipe.tokenizer)
-    model_config = recipe.model.resolve(tokenizer.vocab_size, config.seq_len)
+    if recipe.model.start_from is None:
+        tokenizer = from_config(recipe.tokenizer)
+        model_config = recipe.model.resolve(tokenizer.vocab_size, config.seq_len)
+    else:
+        model_config, tokenizer = retrofit.starting_config(recipe.model, config.seq_len)
     report({"kind": "prepare"})
     batches, held_out = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
     start = newest_step(run) if resume else None
@@ -75,7 +79,7 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     prune(run, config.keep_checkpoints)
 
-    meter = Meter(model_config.n_future, batches.tokens.tokens_per_byte)
+    meter = _meter(recipe, batches.tokens)
     model, optimizers, step, last = _begin(start, recipe, model_config, device, meter)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile_blocks()
@@ -106,6 +110,8 @@ def train(
                 log.write(validation)
             if finished:
                 save_checkpoint(run, model, tokenizer, provenance(step, validation))
+                if recipe.model.start_from is not None:
+                    retrofit.check_trained(run, model, recipe.model, config.seed)
                 prune(run, config.keep_checkpoints - 1)
                 return TrainResult(run, step, True, time.perf_counter() - began, validation)
             if stopped or step % config.save_every == 0:
@@ -121,13 +127,18 @@ def _begin(
 ) -> tuple[Model, list[torch.optim.Optimizer], int, Record]:
     """Model, optimisers, step and last record: new, or as the checkpoint `start` holds them, with the meter's sums."""
     if start is None:
-        model = Model(config)
-        model.init_weights(recipe.train.seed)
-        if recipe.model.head_init == "last_block":
-            model.heads.start_from_head_1()
+        if recipe.model.start_from is not None:
+            model = retrofit.starting_model(recipe.model, config, recipe.train.seed)
+        else:
+            model = Model(config)
+            model.init_weights(recipe.train.seed)
+            if recipe.model.head_init == "last_block":
+                model.heads.start_from_head_1()
         model.to(device)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
     model = load_model(start, None, device).train()
+    if recipe.model.frozen:
+        retrofit.freeze(model)
     optimizers = optim.make_optimizers(model, recipe.optim)
     meter.restore(load_train_state(start, model, optimizers))
     last = read_json(start / "foretoken.json").get("metrics") or {}
@@ -147,7 +158,7 @@ def _update(
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, recipe.train.steps, recipe.optim))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    weights = optim.head_weights(step, model.config.n_future, recipe.loss)
+    weights = optim.head_weights(step, recipe.train.steps, len(recipe.offsets), recipe.loss)
     with _autocast(model, recipe.train):
         for part, output, counts in _backward(model, batch, weights, recipe):
             meter.add(output, counts, part.document_ids)
@@ -166,9 +177,12 @@ def _backward(
     model: Model, batch: Batch, weights: list[float], recipe: Recipe
 ) -> Iterator[tuple[Batch, LossOutput, torch.Tensor]]:
     """Forward and backward of every micro-batch; each head's mean is over its targets in the whole batch."""
-    n, T = model.config.n_future, recipe.train.seq_len
-    labels = _targets(batch, n, recipe)
-    factors = scales(weights, valid_counts(labels))
+    n, T, terms = model.config.n_future, recipe.train.seq_len, recipe.loss
+    labels = _targets(batch, recipe)
+    # Heads 2..n learn from the data by its share; head 1 learns from nothing else.
+    factors = scales([w * (terms.data if d else 1.0) for d, w in enumerate(weights)], valid_counts(labels))
+    taught = teachable(labels) if terms.distils else labels
+    distil_factors = scales(weights, valid_counts(taught))
     size = recipe.train.micro_batch_size or batch.tokens.size(0)
     for start in range(0, batch.tokens.size(0), size):
         rows = slice(start, start + size)
@@ -176,10 +190,17 @@ def _backward(
         documents, part_labels = _attended(part, recipe.train), labels[:, rows]
         if recipe.loss.method == "chunked":
             trained = recipe.loss.head_gradients
-            hidden = model(part.tokens, documents, T, trained)
-            heads_learned = n if "unembedding" in trained else 1
+            hidden = model(part.tokens, documents, T, trained) * (len(labels) // n)
+            heads_learned = len(labels) if "unembedding" in trained else 1
             output = mtp_loss(hidden, model.lm_head.weight, part_labels, factors, weight_learns_from=heads_learned)
-            output.total.backward()  # type: ignore[no-untyped-call]
+            total = output.total
+            if terms.distils:
+                total = total + distil_loss(
+                    hidden, model.lm_head.weight, taught[:, rows], distil_factors,
+                    Terms(terms.soft, terms.total_variation, terms.acceptance, terms.soft_top_k),
+                    weight_learns="unembedding" in trained,
+                ).total  # fmt: skip
+            total.backward()  # type: ignore[no-untyped-call]
         else:
             context = model.context(T, documents)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
@@ -188,9 +209,16 @@ def _backward(
         yield part, output, valid_counts(part_labels)
 
 
-def _targets(batch: Batch, n: int, recipe: Recipe) -> torch.Tensor:
-    across = recipe.loss.targets_across_documents
-    return targets(batch.tokens, batch.document_ids, batch.label_mask, n, across_documents=across)
+def _targets(batch: Batch, recipe: Recipe) -> torch.Tensor:
+    """Labels (heads or offsets, B, T)."""
+    across, offsets = recipe.loss.targets_across_documents, recipe.offsets
+    labels = targets(batch.tokens, batch.document_ids, batch.label_mask, offsets[-1], across_documents=across)
+    return labels[[offset - 1 for offset in offsets]]
+
+
+def _meter(recipe: Recipe, tokens: Tokens) -> Meter:
+    offsets = recipe.offsets
+    return Meter(len(offsets), tokens.tokens_per_byte, compared=offsets[-1] == len(offsets))
 
 
 def _attended(batch: Batch, config: TrainConfig) -> torch.Tensor | None:
@@ -201,15 +229,15 @@ def _attended(batch: Batch, config: TrainConfig) -> torch.Tensor | None:
 @torch.no_grad()
 def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Record:
     """Losses on the first `eval_windows` validation windows, always the same; whole documents are `evaluate`'s."""
-    n, size = model.config.n_future, held_out.batch_size
-    meter = Meter(n, held_out.tokens.tokens_per_byte)
+    size, meter = held_out.batch_size, _meter(recipe, held_out.tokens)
     model.eval()
     for index in range(-(-min(recipe.train.eval_windows, held_out.windows_per_epoch) // size)):
         batch = _to(held_out.batch(index), model.device)
-        labels = _targets(batch, n, recipe)
+        labels = _targets(batch, recipe)
         with _autocast(model, recipe.train):
             hidden = model(batch.tokens, _attended(batch, recipe.train), recipe.train.seq_len)
-            output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(n))
+            hidden = hidden * (len(labels) // len(hidden))
+            output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(len(labels)))
         meter.add(output, valid_counts(labels), batch.document_ids)
     model.train()
     return meter.take("validation", step)
@@ -217,7 +245,7 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
 
 def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Windows:
     """The windows of a split; those of validation come in an order that is no part of the run's seed."""
-    config, n = recipe.train, recipe.model.n_future
+    config, n = recipe.train, recipe.offsets[-1]
     tokens = prepare(recipe.data, tokenizer, split)
     try:
         if split == "train":

@@ -547,7 +547,7 @@ def test_no_permission(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "head_weights", lambda step, n, config: [math.nan] * n)
+    monkeypatch.setattr(optim, "head_weights", lambda step, steps, n, config: [math.nan] * n)
     done = run("train", "tiny", "--out", tmp_path / "run", *sets(corpus))
     wrong(done, "step 1: the gradient's norm is nan; no checkpoint had been saved yet")
 

@@ -385,11 +385,11 @@ def test_learning_rate_worked_example() -> None:
 def test_head_weights_worked_example() -> None:
     points = ({"step": 10, "weights": [1, 0]}, {"step": 20, "weights": [1, 1]}, {"step": 40, "weights": [1, 0.5]})
     config = LossConfig.model_validate({"head_weights": points})
-    at = {step: optim.head_weights(step, 2, config) for step in (0, 10, 15, 20, 30, 40, 99)}
+    at = {step: optim.head_weights(step, 100, 2, config) for step in (0, 10, 15, 20, 30, 40, 99)}
     assert [weights[1] for weights in at.values()] == pytest.approx([0, 0, 0.5, 1, 0.75, 0.5, 0.5])
     assert all(weights[0] == 1 for weights in at.values())
-    assert optim.head_weights(7, 3, LossConfig()) == [1, 1, 1]
-    assert optim.head_weights(7, 2, LossConfig(head_weights=(1, 0.3))) == [1, 0.3]
+    assert optim.head_weights(7, 100, 3, LossConfig()) == [1, 1, 1]
+    assert optim.head_weights(7, 100, 2, LossConfig(head_weights=(1, 0.3))) == [1, 0.3]
 
 
 def test_head_of_weight_zero_learns_nothing(corpus: Path, tmp_path: Path) -> None:

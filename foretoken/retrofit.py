@@ -1,0 +1,71 @@
+"""Heads for a model that exists: what a run with `model.start_from` begins with, and what must hold when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from foretoken.checkpoint import find_checkpoint, load_model, read_config
+from foretoken.config import ModelConfig, ModelRecipe, validated
+from foretoken.errors import ConfigError, TrainingError
+from foretoken.formats import hf
+from foretoken.model import Model
+from foretoken.tokenizer import Tokenizer
+from foretoken.tokenizer import load as load_tokenizer
+
+
+def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tokenizer]:
+    """The shape and the tokenizer of the checkpoint that `recipe` starts from, with the recipe's heads."""
+    assert recipe.start_from is not None
+    folder = find_checkpoint(recipe.start_from)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    if seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"
+        )
+    fields = config.model_dump() | {"n_future": recipe.n_future, "head_kind": recipe.head_kind}
+    return validated(ModelConfig, fields, "model"), tokenizer
+
+
+def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
+    """The checkpoint's weights in float32, with the heads it has; further ones as `head_init` says, by default copies
+    of its last block, so that every head predicts what head 1 does."""
+    assert recipe.start_from is not None
+    old = load_model(find_checkpoint(recipe.start_from), torch.float32)
+    model = Model(config)
+    model.init_weights(seed)
+    state, given = model.state_dict(), old.state_dict()
+    if old.config.n_future > 1 and old.config.head_kind != config.head_kind:
+        given = {name: tensor for name, tensor in given.items() if hf.main_name(name, old.config)}
+    if recipe.head_init != "random":
+        model.heads[0].load_state_dict(old.heads[0].state_dict())
+        model.heads.start_from_head_1()
+        state = model.state_dict()
+    model.load_state_dict({name: given.get(name, tensor) for name, tensor in state.items()})
+    if recipe.frozen:
+        freeze(model)
+    return model
+
+
+def freeze(model: Model) -> None:
+    """Let nothing of the next-token path learn; it then runs without a graph."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("heads.") and not name.startswith("heads.0."))
+
+
+def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
+    """Raises TrainingError where a head of `model` is what it began as, a frozen weight is not, or the checkpoint
+    saved in `run` does not hold the model."""
+    began = dict(starting_model(recipe, model.config, seed).named_parameters())
+    now = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    for depth in range(1, len(model.heads)):
+        own = [name for name in now if name.startswith(f"heads.{depth}.")]
+        if all(torch.equal(now[name], began[name]) for name in own):
+            raise TrainingError(f"{run}: head {depth + 1} has not learned: its weights are those it began with")
+    for name, parameter in began.items():
+        if recipe.frozen and not parameter.requires_grad and not torch.equal(now[name], parameter):
+            raise TrainingError(f"{run}: '{name}' has changed, though it is frozen")
+    for name, parameter in load_model(run, None).named_parameters():
+        if not torch.equal(parameter, now[name]):
+            raise TrainingError(f"{run}: '{name}' is not in the checkpoint as it was trained")
