@@ -55,8 +55,10 @@ def freeze(model: Model) -> None:
 
 
 def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
-    """Raises TrainingError where a head of `model` is what it began as, a frozen weight is not, or the checkpoint
-    saved in `run` does not hold the model."""
+    """Of a run that started from a checkpoint: raises TrainingError where a head of `model` is what it began as, a
+    frozen weight is not, or the checkpoint saved in `run` does not hold the model."""
+    if recipe.start_from is None:
+        return
     began = dict(starting_model(recipe, model.config, seed).named_parameters())
     now = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     for depth in range(1, len(model.heads)):

@@ -66,11 +66,7 @@ def train(
     _check_folder(run, resume)
     metrics.check_extras(config)
     device = _device(config)
-    if recipe.model.start_from is None:
-        tokenizer = from_config(recipe.tokenizer)
-        model_config = recipe.model.resolve(tokenizer.vocab_size, config.seq_len)
-    else:
-        model_config, tokenizer = retrofit.starting_config(recipe.model, config.seq_len)
+    model_config, tokenizer = _shape(recipe)
     report({"kind": "prepare"})
     batches, held_out = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
     start = newest_step(run) if resume else None
@@ -81,8 +77,6 @@ def train(
 
     meter = _meter(recipe, batches.tokens)
     model, optimizers, step, last = _begin(start, recipe, model_config, device, meter)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model.compile_blocks()
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     parameters = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": parameters})
@@ -110,8 +104,7 @@ def train(
                 log.write(validation)
             if finished:
                 save_checkpoint(run, model, tokenizer, provenance(step, validation))
-                if recipe.model.start_from is not None:
-                    retrofit.check_trained(run, model, recipe.model, config.seed)
+                retrofit.check_trained(run, model, recipe.model, config.seed)
                 prune(run, config.keep_checkpoints - 1)
                 return TrainResult(run, step, True, time.perf_counter() - began, validation)
             if stopped or step % config.save_every == 0:
@@ -120,6 +113,14 @@ def train(
                 prune(run, config.keep_checkpoints)
             if stopped:
                 return TrainResult(path, step, False, time.perf_counter() - began, last)
+
+
+def _shape(recipe: Recipe) -> tuple[ModelConfig, Tokenizer]:
+    """The model's shape and the tokenizer, from the recipe or from the checkpoint that it starts from."""
+    if recipe.model.start_from is not None:
+        return retrofit.starting_config(recipe.model, recipe.train.seq_len)
+    tokenizer = from_config(recipe.tokenizer)
+    return recipe.model.resolve(tokenizer.vocab_size, recipe.train.seq_len), tokenizer
 
 
 def _begin(
@@ -135,14 +136,21 @@ def _begin(
             if recipe.model.head_init == "last_block":
                 model.heads.start_from_head_1()
         model.to(device)
+        _compile(model, recipe.train)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
     model = load_model(start, None, device).train()
     if recipe.model.frozen:
         retrofit.freeze(model)
+    _compile(model, recipe.train)
     optimizers = optim.make_optimizers(model, recipe.optim)
     meter.restore(load_train_state(start, model, optimizers))
     last = read_json(start / "foretoken.json").get("metrics") or {}
     return model, optimizers, int(start.name.removeprefix(STEP_PREFIX)), last
+
+
+def _compile(model: Model, config: TrainConfig) -> None:
+    if config.compile == "on" or (config.compile == "auto" and model.device.type == "cuda"):
+        model.compile_blocks()
 
 
 def _update(

@@ -24,6 +24,7 @@ PACKAGE = Path(foretoken.__file__).parent
 # A module imports only from those above it; the formats a checkpoint is made of only from errors and config.
 ORDER = [
     "errors",
+    "config_model",
     "config",
     "recipe",
     "files",
@@ -117,7 +118,7 @@ def test_imports_go_one_way(name: str) -> None:
             continue
         assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
         if name in ("formats.hf", "formats.safetensors"):
-            assert other in ("errors", "config"), f"{name} imports {other}"
+            assert other in ("errors", "config_model", "config"), f"{name} imports {other}"
 
 
 def test_the_package_is_used_for_its_version_alone() -> None:

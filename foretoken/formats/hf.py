@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.config import Architecture, ModelConfig, RopeScaling, validated
+from foretoken.config_model import Architecture, ModelConfig, RopeScaling, validated
 from foretoken.errors import CheckpointError
 
 _CLASSES: dict[Architecture, str] = {

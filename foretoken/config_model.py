@@ -1,0 +1,209 @@
+"""The model's part of the configuration: the shape that a recipe asks for, and the one that a checkpoint holds.
+
+`ModelConfig` has every number filled in, by `ModelRecipe.resolve` or from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from foretoken.errors import ConfigError
+
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
+HeadKind = Literal["parallel", "sequential"]
+Shared = Literal["trunk", "embedding", "unembedding"]
+
+
+class Section(BaseModel):
+    """A section of a recipe: nothing can be changed, and nothing unknown given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class RopeScaling(Section):
+    """Llama 3's frequency scaling, the names as Hugging Face's `rope_scaling` has them."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int
+
+
+class ModelConfig(Section):
+    """Every number of a model: the next-token path in Hugging Face's names, and the heads beside it."""
+
+    architecture: Architecture = "llama"
+    vocab_size: int = Field(ge=2)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, description="blocks of the next-token path: trunk + head 1")
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2)
+    max_position_embeddings: int = Field(ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    n_future: int = Field(default=1, ge=1)
+    head_kind: HeadKind = "parallel"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafter_reads_three_layers(self) -> ModelConfig:
+        if self.sequential and self.num_hidden_layers < 3:
+            raise ValueError(
+                f'num_hidden_layers = {self.num_hidden_layers}, but head_kind = "sequential" needs at least 3: '
+                f"engines give such a drafter three layers' outputs"
+            )
+        return self
+
+    @property
+    def sequential(self) -> bool:
+        """Whether one block drafts token after token, rather than a block per token."""
+        return self.head_kind == "sequential" and self.n_future > 1
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 adds biases to the query, key and value projections."""
+        return self.architecture == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises every head's queries and keys."""
+        return self.architecture == "qwen3"
+
+
+class ModelRecipe(Section):
+    """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`.
+
+    start_from: a checkpoint, of any program, whose shape, weights and tokenizer the run begins with; of its heads the
+    first n_future. Further ones begin as copies of its last block. frozen: its next-token path stays as it is.
+    """
+
+    start_from: str | None = None
+    frozen: bool = False
+    architecture: Architecture = "llama"
+    hidden_size: int | None = Field(default=None, ge=1)
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = None
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    total_blocks: int | None = Field(default=None, ge=1, description="blocks of the next-token path and of the heads")
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    n_future: int = Field(default=4, ge=1)
+    head_kind: HeadKind = "parallel"
+    head_init: Literal["random", "last_block"] | None = Field(
+        default=None, description="by default random, and last_block with start_from"
+    )
+
+    @property
+    def blocks_beside(self) -> int:
+        """Blocks that are not the next-token path's: one per further head, or the sequential head's only one."""
+        return min(1, self.n_future - 1) if self.head_kind == "sequential" else self.n_future - 1
+
+    @model_validator(mode="after")
+    def _own_shape_or_another(self) -> ModelRecipe:
+        own = self.model_fields_set - {"start_from", "frozen", "n_future", "head_kind", "head_init"}
+        if self.start_from is not None and own:
+            raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
+        if self.frozen and (self.start_from is None or self.n_future == 1):
+            raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
+        for key in ("hidden_size", "num_attention_heads") if self.start_from is None else ():
+            if getattr(self, key) is None:
+                raise ValueError(f"'{key}' is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _one_depth(self) -> ModelRecipe:
+        if self.start_from is not None:
+            return self
+        assert self.hidden_size is not None
+        assert self.num_attention_heads is not None
+        if (self.num_hidden_layers is None) == (self.total_blocks is None):
+            raise ValueError("give exactly one of num_hidden_layers and total_blocks")
+        if self.total_blocks is not None and self.total_blocks <= self.blocks_beside:
+            raise ValueError(
+                f"total_blocks = {self.total_blocks} leaves no block for head 1 beside n_future = {self.n_future} "
+                f"{self.head_kind} heads; total_blocks must be at least {self.blocks_beside + 1}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}; change one or give head_dim"
+            )
+        return self
+
+    def resolve(self, vocab_size: int, seq_len: int) -> ModelConfig:
+        """The full model configuration for a vocabulary of `vocab_size` tokens and windows of `seq_len` tokens."""
+        assert self.hidden_size is not None
+        assert self.num_attention_heads is not None
+        positions = self.max_position_embeddings or seq_len
+        if positions < seq_len:
+            raise ConfigError(
+                f"model.max_position_embeddings = {positions} is below train.seq_len = {seq_len}; raise the first"
+            )
+        layers = self.num_hidden_layers
+        if layers is None:
+            assert self.total_blocks is not None
+            layers = self.total_blocks - self.blocks_beside
+        fields = self.model_dump(exclude={"total_blocks", "head_init", "start_from", "frozen"})
+        fields.update(
+            vocab_size=vocab_size,
+            num_hidden_layers=layers,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size or _llama_ffn(self.hidden_size),
+            max_position_embeddings=positions,
+        )
+        return validated(ModelConfig, fields, "model")
+
+
+def _llama_ffn(hidden_size: int, multiple: int = 64) -> int:
+    """Llama's SwiGLU width: 8/3 of the model's, rounded up, so that a block has 12 x hidden_size^2 parameters."""
+    return -(-8 * hidden_size // (3 * multiple)) * multiple
+
+
+def validated(section: type[SectionT], values: object, where: str) -> SectionT:
+    """`values` as a `section`; raises ConfigError with one line that names the key, the value and the rule."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(section, error)}") from None
+
+
+def _first_problem(section: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        parent: Any = section
+        for part in problem["loc"][:-1]:
+            annotation = parent.model_fields[str(part)].annotation if hasattr(parent, "model_fields") else None
+            parent = annotation
+        known = sorted(parent.model_fields) if hasattr(parent, "model_fields") else []
+        return f"unknown key '{key}'" + (f"; known are {', '.join(known)}" if known else "")
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    text = problem["msg"].removeprefix("Value error, ")
+    shown = f" (got {json.dumps(problem['input'], default=str)})" if key and problem["type"] != "value_error" else ""
+    return f"{key}: {text}{shown}" if key else text
