@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from foretoken.attach import attach_heads
     from foretoken.checkpoint import load_checkpoint as load
     from foretoken.checkpoint import save_checkpoint as save
     from foretoken.completion import Generation, generate, stream
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Recipe": "config",
     "Tokenizer": "tokenizer",
     "TrainingError": "errors",
+    "attach_heads": "attach",
     "generate": "completion",
     "load": "checkpoint.load_checkpoint",
     "load_recipe": "recipe",
@@ -52,6 +54,7 @@ __all__ = [
     "Recipe",
     "Tokenizer",
     "TrainingError",
+    "attach_heads",
     "generate",
     "load",
     "load_recipe",

@@ -52,6 +52,7 @@ ORDER = [
     "train_state",
     "checkpoint",
     "retrofit",
+    "attach",
     "formats.eagle3",
     "formats.gguf",
     "request",
