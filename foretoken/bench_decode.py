@@ -186,7 +186,8 @@ def bench_random(
 
 
 def bench_checkpoint(
-    directory: str, data: Sequence[str], dtype: str | None, device: str, batches: Sequence[int],
+    directory: str, data: Sequence[str], split_field: str | None, dtype: str | None, device: str,
+    batches: Sequence[int],
     temperatures: Sequence[float], prompts: int, tokens: int, rounds: int, peers: bool, random_heads: bool, gb_s: float,
     display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -200,7 +201,9 @@ def bench_checkpoint(
     name = f"{folder.name}, further heads random" if random_heads else folder.name
     works = []
     for source in data or ("",):
-        texts = [d.text for d in evaluation_documents(directory, (source,) if source else ())]
+        split = "validation" if split_field else None
+        fields = {"split_field": split_field} if split_field else None
+        texts = [d.text for d in evaluation_documents(directory, (source,) if source else (), split, fields)]
         ids = [tokenizer.encode(text, add_special_tokens=True) for text in held_out_prompts(texts, prompts)]
         for temperature in temperatures:
             works += [Workload(source or "held out", ids, batch, tokens, temperature) for batch in batches]
@@ -228,6 +231,7 @@ def bench_decode(
     device: str = "cpu",
     peers: bool,
     random_heads: bool = False,
+    split_field: str | None = None,
 ) -> dict[str, Any]:
     """What the command prints with --json: machine, versions, bandwidth_gb_s and rows.
 
@@ -247,8 +251,8 @@ def bench_decode(
     gb_s, rows = bandwidth(device), list[dict[str, Any]]()
     if checkpoint is not None:
         rows += bench_checkpoint(
-            checkpoint, data, dtype, device, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds, peers,
-            random_heads, gb_s, display,
+            checkpoint, data, split_field, dtype, device, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds,
+            peers, random_heads, gb_s, display,
         )  # fmt: skip
     for size in sizes:
         rows += bench_random(

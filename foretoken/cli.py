@@ -100,6 +100,41 @@ app.command(epilog='Example: foretoken generate runs/demo "def main(" --max-toke
 )
 
 
+@app.command(
+    "distil-data", epilog="Example: foretoken distil-data runs/demo --data src/ --out own.jsonl --records 2000"
+)
+def distil_data(
+    checkpoint: Checkpoint,
+    data: Annotated[list[str], typer.Option(help="Text for prompts: files, folders, globs, stdlib; any number.")],
+    out: Annotated[Path, typer.Option(help="A .jsonl file; one that was interrupted is gone on with.")],
+    records: Annotated[int, typer.Option(help="How many it shall hold.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(help="Of each response.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Record i uses seed + i.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
+    dtype: Dtype = "",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model write text, to train heads on: with data.prompt_field=prompt and data.response_field=response."""
+    from foretoken.checkpoint import load_checkpoint
+    from foretoken.config import DataConfig, validated
+    from foretoken.data import documents
+    from foretoken.display import Display
+    from foretoken.distil_data import distil_data as run
+
+    model, tokenizer = load_checkpoint(checkpoint, dtype_of(dtype), device_of(device))
+    config = validated(DataConfig, {"source": data}, "options")
+    texts = [document.text for document in documents(config, config.source)]
+    with Display(quiet_text=as_json) as display:
+        before = run(
+            model, tokenizer, texts, out, records=records, max_tokens=max_tokens, temperature=temperature, seed=seed,
+            batch_size=batch_size, display=display,
+        )  # fmt: skip
+    if as_json:
+        print_json({"out": str(out), "records": records, "written": max(0, records - before)})
+
+
 @app.command(epilog="Example: foretoken evaluate runs/demo src/ --json   (without DATA: what training held out)")
 def evaluate(
     checkpoint: Checkpoint,

@@ -22,6 +22,9 @@ def _group() -> None:
 def decode(
     checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint, decoded on held-out text.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text for its prompts, a domain each; any number.")] = None,
+    split_field: Annotated[
+        str | None, typer.Option(help="Field of records that says train: what it does not call so is taken.")
+    ] = None,
     size: Annotated[list[str] | None, typer.Option(help="Random weights: 30m, 110m, 350m, 1b; any number.")] = None,
     head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel or sequential.")] = "parallel",
     n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
@@ -53,7 +56,7 @@ def decode(
             display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
-            random_heads=random_heads,
+            random_heads=random_heads, split_field=split_field,
         )  # fmt: skip
         if out is not None:
             write_json(out, result)

@@ -70,6 +70,7 @@ ORDER = [
     "bench_train",
     "lab.stored",
     "report",
+    "distil_data",
     "demo",
     "lab.head_kinds",
     "lab.acceptance",
