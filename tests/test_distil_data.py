@@ -54,7 +54,8 @@ def test_heads_learn_from_it(run: Run, model: Path, text: Path, tmp_path: Path) 
     out = tmp_path / "own.jsonl"
     run(*command(model, text, out, 40))
     sets = (
-        f"model.start_from={model}", f'data.source=["{out}"]', "data.prompt_field=prompt", "data.response_field=response",
+        f"model.start_from={model}", f'data.source=["{out}"]',
+        "data.prompt_field=prompt", "data.response_field=response",
         f"data.cache_dir={tmp_path}/cache", "data.validation_fraction=0.2", "train.steps=2", "train.batch_size=2",
         "train.seq_len=32", "train.eval_windows=2", "train.precision=float32",
     )  # fmt: skip
