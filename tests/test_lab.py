@@ -12,7 +12,7 @@ from small_runs import write_corpus
 
 from foretoken.config import Recipe
 from foretoken.display import Display
-from foretoken.lab import acceptance, head_kinds
+from foretoken.lab import acceptance, head_kinds, retrofit
 from foretoken.recipe import load_recipe
 from foretoken.sources import Document
 from foretoken.tokenizer import byte_tokenizer
@@ -84,3 +84,39 @@ def test_acceptance_of_three_rules(capsys: pytest.CaptureFixture[str], monkeypat
         assert all(row["outputs_equal"] for row in values["rows"].values())
         assert all(1 <= row[rule] <= 4 for row in values["rows"].values() for rule in acceptance.RULES)
     assert len(acceptance.table(result).splitlines()) == 2 + 2 * 3
+
+
+def test_retrofit_runs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All arms at a size of seconds; a second call finds them there."""
+    corpus = write_corpus(tmp_path)
+    for i in range(24):
+        (corpus / "text" / f"more_{i}.py").write_text(f"def more_{i}(x):\n    return x * {i}\n" * 40)
+    real = load_recipe
+
+    def small(name: str, overrides: tuple[str, ...]) -> Recipe:
+        shape = ("model.hidden_size=32", "model.num_attention_heads=2", "model.num_hidden_layers=3")
+        less = ("train.batch_size=1", "train.seq_len=200", "train.eval_windows=2", "data.validation_fraction=0.4")
+        more = (f"data.cache_dir={corpus}/cache", "train.precision=float32", *less)
+        return real(name, (*overrides, *more, *(shape if name == "demo" else ())))
+
+    monkeypatch.setattr(retrofit, "load_recipe", small)
+    for name, value in (("RESPONSE", 8), ("TIMED", 5), ("MAX_TOKENS", 8), ("PROMPTS", 2), ("SCORED_BYTES", 600)):
+        monkeypatch.setattr(retrofit, name, value)
+    monkeypatch.setattr(retrofit, "step_seconds", lambda recipe: [1.0] * 5)
+    command = ["--data", f"{corpus}/text", "--out", str(tmp_path / "runs"), "--minutes", "0.1", "0.05"]
+    command += ["--seeds", "0", "1", "--records", "40", "--result", str(tmp_path / "result.json")]
+    retrofit.main(command)
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert retrofit.table(result["arms"]) in shown
+    assert set(result["arms"]) == set(retrofit.ARMS)
+    for arm, values in result["arms"].items():
+        assert values["bits_per_byte"]["min"] > 0
+        assert arm == "base" or (values["outputs_equal"] and 1 <= values["greedy"]["mean"] <= 4)
+        same = arm in ("base", *retrofit.ADDED)  # frozen: the next-token path is the base's
+        assert (values["bits_per_byte"] == result["arms"]["base"]["bits_per_byte"]) == same
+    monkeypatch.setattr(retrofit, "train", None)
+    retrofit.main(command)
+    assert capsys.readouterr().out == shown

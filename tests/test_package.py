@@ -74,6 +74,7 @@ ORDER = [
     "demo",
     "lab.head_kinds",
     "lab.acceptance",
+    "lab.retrofit",
     "cli_common",
     "cli_bench",
     "cli_generate",

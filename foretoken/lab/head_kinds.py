@@ -68,14 +68,15 @@ def probe(out: Path, arms: Sequence[str], display: Display) -> dict[str, float]:
         for arm in arms:
             display.say(f"Timing steps: round {number + 1} of {PROBE_ROUNDS}, {arm}")
             recipe = arm_recipe(arm, 0, PROBE_STEPS)
-            seconds[arm] += _step_seconds(recipe)[3:]  # the first ones warm up
+            seconds[arm] += step_seconds(recipe)[3:]  # the first ones warm up
     out.mkdir(parents=True, exist_ok=True)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     write_json(path, {"seconds_per_step": medians, "all": seconds, "machine": machine()})
     return medians
 
 
-def _step_seconds(recipe: Recipe) -> list[float]:
+def step_seconds(recipe: Recipe) -> list[float]:
+    """Of each step of a run that is thrown away."""
     records: list[Record] = []
     timed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"log_every": 1, "eval_windows": 3})})
     with tempfile.TemporaryDirectory() as folder:
