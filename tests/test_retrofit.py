@@ -312,7 +312,7 @@ def test_offsets_score_one_state(offsets: list[int], corpus: Path, tmp_path: Pat
         here, there = batch.document_ids[:, :32], batch.document_ids[:, offset : offset + 32]
         label = batch.tokens[:, offset : offset + 32].masked_fill(here != there, -100)
         mean = F.cross_entropy(logits, label.flatten())
-        assert float(output.sums[index] / counts[index]) == pytest.approx(float(mean), rel=1e-5)
+        assert (output.sums[index] / counts[index]).item() == pytest.approx(mean.item(), rel=1e-5)
     result = train(wanted, tmp_path / "run")
     assert len(result.last["loss"]) == len(offsets)
     assert all(math.isfinite(value) for value in result.last["loss"])
