@@ -20,6 +20,7 @@ LONG = (
     "foretoken bench decode --size",
     "foretoken bench train",
     "foretoken train demo",
+    "foretoken train retrofit",
     "foretoken train my-recipe.toml",
     "foretoken train-tokenizer",
 )
