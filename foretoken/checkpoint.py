@@ -27,9 +27,10 @@ from foretoken.files import read_json, write_json
 from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, read_tensors, save_tensors
 from foretoken.model import Model
+from foretoken.parallel import ALONE, World, whole
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
-from foretoken.train_state import TRAIN_STATE, read_train_state, write_train_state
+from foretoken.train_state import TRAIN_STATE, optimizer_tensors, read_train_state, write_train_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
@@ -53,15 +54,30 @@ def save_checkpoint(
     provenance: Provenance | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     unlogged: Mapping[str, Any] | None = None,
+    world: World = ALONE,
 ) -> Path:
     """Write a checkpoint directory that appears only when it is complete; with `optimizers`, the training state too.
 
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
     its last record, part of the training state. Raises CheckpointError when it cannot be written; then nothing is left
-    behind.
+    behind. world: all its processes must call this; the first one writes.
     """
     target = Path(directory)
+    state = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    training = dict(optimizer_tensors(model, optimizers))
+
+    def write() -> None:
+        _save(target, model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
+
+    world.first_does(write)
+    return target
+
+
+def _save(
+    target: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, provenance: Provenance,
+    training: Mapping[str, Tensor], unlogged: Mapping[str, Any] | None,
+) -> None:  # fmt: skip
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
     name = f".{target.name}.incomplete-{os.getpid()}"
@@ -69,10 +85,10 @@ def save_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        files = _write(staging, model, tokenizer)
-        if optimizers:
-            files |= write_train_state(staging, model, optimizers, unlogged or {})
-        _write_provenance(staging, provenance or Provenance(), files, tokenizer)
+        files = _write(staging, config, state, tokenizer)
+        if training:
+            files |= write_train_state(staging, training, unlogged or {})
+        _write_provenance(staging, provenance, files, tokenizer)
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
                 shutil.rmtree(target / folder, ignore_errors=True)
@@ -84,13 +100,12 @@ def save_checkpoint(
         raise CheckpointError(f"{target}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
-def _write(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, str]:
+def _write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> dict[str, str]:
     """Write all that engines read; returns the SHA-256 of the weight files by name."""
-    config, dtype = model.config, next(name for name, kind in DTYPES.items() if kind == model.dtype)
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = state["embed_tokens.weight"].dtype
+    dtype = next(name for name, kind in DTYPES.items() if kind == weights)
     main = {new: t for name, t in state.items() if (new := hf.main_name(name, config))}
     files = {FILE: save_tensors(folder / FILE, main)}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -101,7 +116,7 @@ def _write(folder: Path, model: Model, tokenizer: Tokenizer) -> dict[str, str]:
     if config.n_future > 1:
         (folder / HEADS).mkdir()
         heads = {new: t for name, t in state.items() if (new := hf.heads_name(name, config))}
-        heads |= hf.heads_constants(config, model.dtype)
+        heads |= hf.heads_constants(config, weights)
         files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
         write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
     return files

@@ -71,6 +71,7 @@ def train(
 ) -> None:
     """Train a model as a recipe says. Ctrl-C finishes the step and saves; --resume goes on."""
     from foretoken.display import Display
+    from foretoken.parallel import first_process, leave_world
     from foretoken.recipe import load_recipe
     from foretoken.train import train as run
 
@@ -78,8 +79,13 @@ def train(
     resolved = load_recipe(recipe, (*given, *(overrides or ())))
     folder = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
     with Display(quiet_text=as_json) as display:
-        result = run(resolved, folder, resume=resume, report=display.record)
-    if as_json:
+        try:
+            result = run(resolved, folder, resume=resume, report=display.record)
+        finally:
+            leave_world()
+    if not first_process():
+        pass  # the first one says how it went
+    elif as_json:
         print_json(
             {
                 "checkpoint": str(result.checkpoint),

@@ -137,6 +137,7 @@ class TrainConfig(Section):
     seq_len: int = Field(ge=1)
     attention_across_documents: bool = True
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    shard_within: int = Field(default=0, ge=0, description="processes a parameter is spread over; 0: all")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on a GPU")
     seed: int = Field(default=0, ge=0)

@@ -25,8 +25,14 @@ FILE = "metrics.jsonl"
 class Meter:
     """Sums of what loss passes give, per head, until `take` makes a record of them and starts anew."""
 
-    def __init__(self, n: int, tokens_per_byte: float, compared: bool = True) -> None:
-        self.n, self.tokens_per_byte = n, tokens_per_byte
+    def __init__(
+        self,
+        n: int,
+        tokens_per_byte: float,
+        compared: bool = True,
+        total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> None:
+        self.n, self.tokens_per_byte, self.total = n, tokens_per_byte, total  # total: over the processes
         self.compared = compared  # whether heads are of the n next tokens, so that they can agree with head 1
         self._reset()
 
@@ -49,7 +55,8 @@ class Meter:
 
     def take(self, kind: str, step: int) -> Record:
         """The record of everything added since the last one."""
-        sums = self.sums
+        sums = {name: self.total(values) for name, values in self.sums.items()}
+        positions = self.total(torch.tensor(self.positions))
         count, pairs = sums["count"].clamp(min=1), sums["pairs"].clamp(min=1)
         loss = sums["loss"] / count
         record = {
@@ -60,14 +67,15 @@ class Meter:
             "top1": (sums["correct"] / count).tolist(),
             "agreement": (sums["agreed"] / pairs).tolist(),
             "count": sums["count"].long().tolist(),
-            "predicted_tokens_per_step": predicted_tokens_per_step(sums["accepted"], torch.tensor(self.positions)),
+            "predicted_tokens_per_step": predicted_tokens_per_step(sums["accepted"], positions),
         }
         self._reset()
         return record
 
     def state(self) -> Record:
-        """What is added and not yet taken, as JSON values, for `restore`."""
-        return {"positions": self.positions, **{name: total.tolist() for name, total in self.sums.items()}}
+        """What is added and not yet taken, in all processes, as JSON values, for `restore`."""
+        sums = {name: self.total(values).tolist() for name, values in self.sums.items()}
+        return {"positions": int(self.total(torch.tensor(self.positions))), **sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`. Raises CheckpointError for one of another shape."""
@@ -83,10 +91,15 @@ class Meter:
 class MetricsLog:
     """A run's metrics.jsonl, and TensorBoard and Weights & Biases when the recipe asks for them.
 
-    Records of steps after `step` are dropped first: a resumed run repeats them.
+    Records of steps after `step` are dropped first: a resumed run repeats them. silent: of processes but the first.
     """
 
-    def __init__(self, run: Path, step: int, recipe: Recipe, report: Callable[[Record], None]) -> None:
+    def __init__(
+        self, run: Path, step: int, recipe: Recipe, report: Callable[[Record], None], silent: bool = False
+    ) -> None:
+        self.silent = silent
+        if silent:
+            return
         self.path = run / FILE
         if self.path.exists():
             kept = "".join(f"{line}\n" for line in self.path.read_text().splitlines() if _step(line) <= step)
@@ -102,6 +115,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.silent:
+            return
         for close in self.closers:
             close()
         with suppress(OSError):  # nothing is left to write, but for a record that has failed already
@@ -109,6 +124,8 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Append a record and hand it to the other writers. Raises TrainingError when it cannot be written."""
+        if self.silent:
+            return
         try:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()

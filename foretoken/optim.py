@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foretoken.config import LossConfig, OptimConfig, WeightPoint
 from foretoken.model import Model
+from foretoken.parallel import like, whole
 
 
 def make_optimizers(model: Model, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -59,12 +60,13 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, same in shapes.items():
-                update = torch.stack([self._momentum(p, group) for p in same])
+                update = torch.stack([whole(self._momentum(p, group)) for p in same])
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 tensors: list[Tensor] = list(same)
                 scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
                 torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(tensors, list(update.to(same[0].dtype)), alpha=-scale)
+                changes = [like(change, p) for change, p in zip(update.to(same[0].dtype), same, strict=True)]
+                torch._foreach_add_(tensors, changes, alpha=-scale)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         assert p.grad is not None
@@ -134,4 +136,4 @@ def head_weights(step: int, total_steps: int, n: int, config: LossConfig) -> lis
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))

@@ -11,6 +11,7 @@ from foretoken.config import ModelConfig, ModelRecipe, validated
 from foretoken.errors import ConfigError, TrainingError
 from foretoken.formats import hf
 from foretoken.model import Model
+from foretoken.parallel import whole
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 
@@ -60,7 +61,7 @@ def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> No
     if recipe.start_from is None:
         return
     began = dict(starting_model(recipe, model.config, seed).named_parameters())
-    now = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    now = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
     for depth in range(1, len(model.heads)):
         own = [name for name in now if name.startswith(f"heads.{depth}.")]
         if all(torch.equal(now[name], began[name]) for name in own):

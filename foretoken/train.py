@@ -35,6 +35,7 @@ from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
+from foretoken.parallel import ALONE, World, join_world, shard
 from foretoken.tokenizer import Tokenizer, from_config
 from foretoken.train_state import TRAIN_STATE
 
@@ -58,6 +59,7 @@ def train(
 ) -> TrainResult:
     """Train as `recipe` says into the folder `out`; every metrics record also goes to `report`.
 
+    Started by torchrun or SLURM in several processes, they train it together, and the first one writes and reports.
     SIGINT and SIGTERM finish the step, save and return with `finished` false. `resume` continues from the newest
     checkpoint in `out`, on a CPU bit for bit as if never stopped. Raises ConfigError, DataError, CheckpointError, and
     TrainingError when a loss is not a number, naming the head and the step; what was saved before stays.
@@ -65,29 +67,29 @@ def train(
     run, config = Path(out), recipe.train
     _check_folder(run, resume)
     metrics.check_extras(config)
-    device = _device(config)
+    world = join_world(_device(config).type)
+    report = report if world.first else lambda record: None
     model_config, tokenizer = _shape(recipe)
     report({"kind": "prepare"})
-    batches, held_out = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
+    batches, held_out = _data(recipe, tokenizer, world)
     start = newest_step(run) if resume else None
     if start is not None:
         _check_same_run(start, recipe, batches.tokens)
-    run.mkdir(parents=True, exist_ok=True)
-    prune(run, config.keep_checkpoints)
+    world.first_does(lambda: _make_folder(run, config))
 
-    meter = _meter(recipe, batches.tokens)
-    model, optimizers, step, last = _begin(start, recipe, model_config, device, meter)
+    meter = _meter(recipe, batches.tokens, world)
+    model, optimizers, step, last = _begin(start, recipe, model_config, world, meter)
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     parameters = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": parameters})
     began, first = time.perf_counter(), step
     marked, marked_step = began, step  # when the last record was made
-    with MetricsLog(run, step, recipe, report) as log, _stop_signals() as stop:
+    with MetricsLog(run, step, recipe, report, not world.first) as log, _stop_signals() as stop:
         while True:
-            batch = _to(batches.batch(step), device)
-            norm = _update(model, optimizers, batch, step, recipe, meter, run)
+            batch = _to(batches.batch(step, world.rank, world.size), world.device)
+            norm = _update(model, optimizers, batch, step, recipe, meter, run, world)
             step += 1
-            finished, stopped = step == config.steps, bool(stop)
+            finished, stopped = step == config.steps, world.any(bool(stop))
             if finished or step % config.log_every == 0:
                 now, per_step = time.perf_counter(), config.batch_size * config.seq_len
                 last = meter.take("train", step) | {
@@ -103,14 +105,14 @@ def train(
                 validation = _validate(model, held_out, recipe, step)
                 log.write(validation)
             if finished:
-                save_checkpoint(run, model, tokenizer, provenance(step, validation))
+                save_checkpoint(run, model, tokenizer, provenance(step, validation), world=world)
                 retrofit.check_trained(run, model, recipe.model, config.seed)
-                prune(run, config.keep_checkpoints - 1)
+                world.first_does(lambda: prune(run, config.keep_checkpoints - 1))
                 return TrainResult(run, step, True, time.perf_counter() - began, validation)
             if stopped or step % config.save_every == 0:
                 path = run / f"{STEP_PREFIX}{step}"
-                save_checkpoint(path, model, tokenizer, provenance(step, last), optimizers, meter.state())
-                prune(run, config.keep_checkpoints)
+                save_checkpoint(path, model, tokenizer, provenance(step, last), optimizers, meter.state(), world)
+                world.first_does(lambda: prune(run, config.keep_checkpoints))
             if stopped:
                 return TrainResult(path, step, False, time.perf_counter() - began, last)
 
@@ -124,7 +126,7 @@ def _shape(recipe: Recipe) -> tuple[ModelConfig, Tokenizer]:
 
 
 def _begin(
-    start: Path | None, recipe: Recipe, config: ModelConfig, device: torch.device, meter: Meter
+    start: Path | None, recipe: Recipe, config: ModelConfig, world: World, meter: Meter
 ) -> tuple[Model, list[torch.optim.Optimizer], int, Record]:
     """Model, optimisers, step and last record: new, or as the checkpoint `start` holds them, with the meter's sums."""
     if start is None:
@@ -135,22 +137,44 @@ def _begin(
             model.init_weights(recipe.train.seed)
             if recipe.model.head_init == "last_block":
                 model.heads.start_from_head_1()
-        model.to(device)
-        _compile(model, recipe.train)
+        _spread(model, recipe.train, world)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
-    model = load_model(start, None, device).train()
+    model = load_model(start, None).train()
     if recipe.model.frozen:
         retrofit.freeze(model)
-    _compile(model, recipe.train)
+    _spread(model, recipe.train, world)
     optimizers = optim.make_optimizers(model, recipe.optim)
-    meter.restore(load_train_state(start, model, optimizers))
+    measured = load_train_state(start, model, optimizers)
+    if world.first:  # it is the sum over all
+        meter.restore(measured)
     last = read_json(start / "foretoken.json").get("metrics") or {}
     return model, optimizers, int(start.name.removeprefix(STEP_PREFIX)), last
 
 
-def _compile(model: Model, config: TrainConfig) -> None:
-    if config.compile == "on" or (config.compile == "auto" and model.device.type == "cuda"):
+def _spread(model: Model, config: TrainConfig, world: World) -> None:
+    """Bring a model to where it is trained, compiled and shared among the processes as the recipe says."""
+    model.to(world.device)
+    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
         model.compile_blocks()
+    shard(model, world, config.shard_within)
+
+
+def _make_folder(run: Path, config: TrainConfig) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    prune(run, config.keep_checkpoints)
+
+
+def _data(recipe: Recipe, tokenizer: Tokenizer, world: World) -> tuple[Windows, Windows]:
+    """The windows of both parts; the first process makes the tokens, the others read them."""
+    found: list[Windows] = []
+
+    def read() -> None:
+        found[:] = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
+
+    world.first_does(read)
+    if not world.first:
+        read()
+    return found[0], found[1]
 
 
 def _update(
@@ -161,6 +185,7 @@ def _update(
     recipe: Recipe,
     meter: Meter,
     run: Path,
+    world: World,
 ) -> float:
     """One step of training; returns the gradient's norm before clipping. A loss that is no number updates nothing."""
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, recipe.train.steps, recipe.optim))
@@ -168,9 +193,9 @@ def _update(
         optimizer.zero_grad(set_to_none=True)
     weights = optim.head_weights(step, recipe.train.steps, len(recipe.offsets), recipe.loss)
     with _autocast(model, recipe.train):
-        for part, output, counts in _backward(model, batch, weights, recipe):
+        for part, output, counts in _backward(model, batch, weights, recipe, world):
             meter.add(output, counts, part.document_ids)
-    for depth, value in enumerate(meter.sums["loss"].tolist()):
+    for depth, value in enumerate(world.total(meter.sums["loss"]).tolist()):
         if not math.isfinite(value):
             raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
@@ -182,15 +207,15 @@ def _update(
 
 
 def _backward(
-    model: Model, batch: Batch, weights: list[float], recipe: Recipe
+    model: Model, batch: Batch, weights: list[float], recipe: Recipe, world: World = ALONE
 ) -> Iterator[tuple[Batch, LossOutput, torch.Tensor]]:
     """Forward and backward of every micro-batch; each head's mean is over its targets in the whole batch."""
     n, T, terms = model.config.n_future, recipe.train.seq_len, recipe.loss
     labels = _targets(batch, recipe)
     # Heads 2..n learn from the data by its share; head 1 learns from nothing else.
-    factors = scales([w * (terms.data if d else 1.0) for d, w in enumerate(weights)], valid_counts(labels))
+    factors = scales([w * (terms.data if d else 1.0) for d, w in enumerate(weights)], world.total(valid_counts(labels)))
     taught = teachable(labels) if terms.distils else labels
-    distil_factors = scales(weights, valid_counts(taught))
+    distil_factors = scales(weights, world.total(valid_counts(taught)))
     size = recipe.train.micro_batch_size or batch.tokens.size(0)
     for start in range(0, batch.tokens.size(0), size):
         rows = slice(start, start + size)
@@ -224,9 +249,9 @@ def _targets(batch: Batch, recipe: Recipe) -> torch.Tensor:
     return labels[[offset - 1 for offset in offsets]]
 
 
-def _meter(recipe: Recipe, tokens: Tokens) -> Meter:
+def _meter(recipe: Recipe, tokens: Tokens, world: World = ALONE) -> Meter:
     offsets = recipe.offsets
-    return Meter(len(offsets), tokens.tokens_per_byte, compared=offsets[-1] == len(offsets))
+    return Meter(len(offsets), tokens.tokens_per_byte, offsets[-1] == len(offsets), world.total)
 
 
 def _attended(batch: Batch, config: TrainConfig) -> torch.Tensor | None:

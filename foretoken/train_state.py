@@ -13,16 +13,14 @@ from foretoken.errors import CheckpointError
 from foretoken.files import read_json, write_json
 from foretoken.formats.safetensors import read_file, save_tensors
 from foretoken.model import Model
+from foretoken.parallel import like, whole
 
 TRAIN_STATE = "train_state"
 
 
-def write_train_state(
-    folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer], unlogged: Mapping[str, Any]
-) -> dict[str, str]:
-    """Write `folder`/train_state; returns the SHA-256 of its tensors' file by name."""
+def write_train_state(folder: Path, tensors: Mapping[str, Tensor], unlogged: Mapping[str, Any]) -> dict[str, str]:
+    """Write `folder`/train_state with what `optimizer_tensors` gave; returns the SHA-256 of its file by name."""
     (folder / TRAIN_STATE).mkdir()
-    tensors = {name: value.detach() for name, value in _optimizer_tensors(model, optimizers)}
     write_json(folder / TRAIN_STATE / "unlogged.json", unlogged)
     name = f"{TRAIN_STATE}/optimizer.safetensors"
     return {name: save_tensors(folder / name, tensors)}
@@ -51,15 +49,16 @@ def read_train_state(
                     if value.dim() and value.shape != p.shape:
                         shapes = f"shape {tuple(value.shape)}, must be {tuple(p.shape)}"
                         raise CheckpointError(f"{path}: '{key}' has {shapes}")
-                    optimizer.state[p][key.removeprefix(prefix)] = value.to(p.device) if value.dim() else value
+                    optimizer.state[p][key.removeprefix(prefix)] = like(value, p) if value.dim() else value
     if tensors:
         raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")
     return read_json(folder / TRAIN_STATE / "unlogged.json")
 
 
-def _optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
+def optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """What the optimisers hold, whole where it is sharded, by parameter and key."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, value in state.items():
-                yield f"{names[id(p)]}/{key}", value
+                yield f"{names[id(p)]}/{key}", whole(value.detach())

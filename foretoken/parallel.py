@@ -1,0 +1,128 @@
+"""Training on several processes: each takes its rows of every batch, and a part of every parameter (FSDP2).
+
+`torchrun` or SLURM start the processes; one alone is a world of one, for which nothing here does anything. A sharded
+parameter is a DTensor of the whole one's shape: `whole` gathers it, `like` takes this process's part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from foretoken.errors import ConfigError, TrainingError
+from foretoken.model import Model
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`, and where it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all processes' tensors, such as each head's count."""
+        if self.size == 1:
+            return values
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds in some process."""
+        return here if self.size == 1 else bool(self.total(torch.tensor(int(here))) > 0)
+
+    def first_does(self, task: Callable[[], object]) -> None:
+        """Do a task in the first process; the others wait. What fails there fails in all."""
+        error: Exception | None = None
+        if self.first:
+            try:
+                task()
+            except Exception as caught:  # told to the others, who would wait for ever
+                error = caught
+        if self.any(error is not None):
+            raise error or TrainingError("the first process has failed; see its error")
+
+
+def first_process() -> bool:
+    """Whether this process is the first of those that were started together, or alone."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def join_world(device: str) -> World:
+    """Take part in the processes that were started together; device: cpu or cuda.
+
+    Reads what torchrun sets, or SLURM: rank, number of processes, place among those of a machine, first one's address.
+    """
+    from_slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in from_slurm.items()})
+        os.environ.setdefault("MASTER_PORT", "29500")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, torch.device(device))
+    here = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return World(dist.get_rank(), size, here)
+
+
+def shard(model: Model, world: World, within: int) -> None:
+    """Spread a model's parameters over the processes, block by block; gradients are summed, not averaged.
+
+    within: over so many processes, and whole copies beside each other (hybrid sharding); 0: over all of them.
+    """
+    if world.size == 1:
+        return
+    part = within or world.size
+    if world.size % part:
+        raise ConfigError(f"train.shard_within = {part} does not divide the {world.size} processes")
+    shape, names = (
+        ((world.size,), ("shard",)) if part == world.size else ((world.size // part, part), ("copy", "shard"))
+    )
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    # A sequential head's block runs once for each depth, and its gradients would be reduced after the first of them.
+    for block in (*model.trunk, *(list(model.heads)[:1] if model.config.sequential else model.heads)):
+        fully_shard(block, mesh=mesh)
+    # The rest, embedding, final norm and unembedding, stays gathered from the forward to the loss and its backward.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's all, in every process; all of them must ask. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a whole tensor, which lies in every process, where `other` is sharded."""
+    if not isinstance(other, DTensor):
+        return tensor.to(other.device)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def leave_world() -> None:
+    """End what `join_world` began, if anything."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""One of several processes that train together, for test_parallel: python parallel_worker.py TASK ..."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import tiny_model
+from small_runs import recipe
+
+from foretoken import train as training
+from foretoken.loss import mtp_loss, scales, targets, valid_counts
+from foretoken.model import Model
+from foretoken.parallel import World, join_world, leave_world, shard, whole
+from foretoken.train import train
+
+
+def gradients(kind: str, within: int) -> None:
+    """Each process's loss and gradients beside those of one process on the whole batch."""
+    world = join_world("cpu")
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 17, (8, 16), generator=g)
+    documents = (torch.rand(8, 16, generator=g) < 0.15).long().cumsum(1)  # so that counts differ between processes
+    mask = torch.rand(8, 16, generator=g) < 0.7
+
+    def run(model: Model, rows: slice, group: World | None) -> dict[str, torch.Tensor]:
+        labels = targets(tokens, documents, mask, 4)[:, rows]
+        counts = valid_counts(labels)
+        factors = scales([1.0, 0.5, 0.25, 2.0], counts if group is None else group.total(counts))
+        output = mtp_loss(model(tokens[rows], length=12), model.lm_head.weight, labels, factors)
+        output.total.backward()
+        total = output.total.detach() if group is None else group.total(output.total.detach())
+        found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {**found, "loss": total}
+
+    fields: dict[str, Any] = {"head_kind": kind, "dtype": torch.float64, "peaked": False}
+    wanted = run(tiny_model(**fields), slice(0, 8), None)
+    model = tiny_model(**fields)
+    shard(model, world, within)
+    share = 8 // world.size
+    found = run(model, slice(world.rank * share, (world.rank + 1) * share), world)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, atol=1e-12), f"{name}: {float((found[name] - value).abs().max())}"
+
+
+def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
+    """A training run; stop: "" or, as "interrupt 3", what happens after so many steps of this process's."""
+    how, _, after = stop.partition(" ")
+    real, steps = training._update, []
+
+    def update(*args: Any) -> float:
+        norm = real(*args)
+        steps.append(norm)
+        if how and len(steps) == int(after):
+            if how == "interrupt":
+                raise KeyboardInterrupt
+            if how == "kill" and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "term" and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if how == "nan" and os.environ["RANK"] == "1":
+                with torch.no_grad():
+                    args[0].norm.weight.mul_(float("nan"))
+        return norm
+
+    training._update = update
+    try:
+        result = train(recipe(Path(corpus), *more), out, resume=resume == "resume")
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps({"finished": result.finished, "step": result.step, "last": result.last}))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        if sys.argv[1] == "gradients":
+            gradients(sys.argv[2], int(sys.argv[3]))
+        else:
+            run(*sys.argv[2:6], sys.argv[6:])
+    finally:
+        leave_world()

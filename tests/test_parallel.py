@@ -1,0 +1,121 @@
+"""Several processes give what one gives: losses and gradients, runs that go on with another number of them, and errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import recipe, weights
+
+from foretoken.checkpoint import load_model, newest_step
+from foretoken.files import read_json
+from foretoken.parallel import ALONE, like, whole
+from foretoken.train import train
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+STEPS = ("train.steps=6", "train.save_every=2", "train.keep_checkpoints=3", "train.batch_size=8", "train.log_every=2")
+
+
+def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parents[1]}:{WORKER.parent}"}
+    if processes == 1:
+        command = [sys.executable]
+    return subprocess.run(
+        [*command, str(WORKER), *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("processes", "within", "kind"), [(2, 0, "parallel"), (2, 0, "sequential"), (4, 2, "parallel"), (4, 0, "parallel")]
+)
+def test_loss_and_gradients_of_one_process(processes: int, within: int, kind: str) -> None:
+    """Counts are summed over processes; in float64 to the last digits. 4 within 2: two copies, each in two parts."""
+    done = together(processes, "gradients", kind, within)
+    assert done.returncode == 0, done.stderr
+
+
+def run(processes: int, corpus: Path, out: Path, *more: str, resume: bool = False, stop: str = "") -> Any:
+    return together(processes, "run", corpus, out, "resume" if resume else "new", stop, *STEPS, *more)
+
+
+def close_runs(found: Path, wanted: Path) -> None:
+    """The same but for the rounding of sums in another order, in weights and in every record."""
+    a, b = weights(found), weights(wanted)
+    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+    records = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (found, wanted)
+    ]
+    assert len(records[0]) == len(records[1]) > 3
+    for x, y in zip(*records, strict=True):
+        assert (x["kind"], x["step"], x["count"]) == (y["kind"], y["step"], y["count"])
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+        assert x.get("gradient_norm") == pytest.approx(y.get("gradient_norm"), rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_goes_on_with_others(optimizer: str, corpus: Path, tmp_path: Path) -> None:
+    """Two processes, then four, then one: the run that one process makes."""
+    name = f"optim.name={optimizer}"
+    train(recipe(corpus, *STEPS, name), tmp_path / "one")
+    out = tmp_path / "parts"
+    assert run(2, corpus, out, name, stop="interrupt 3").returncode != 0
+    first = newest_step(out)
+    assert first is not None
+    assert first.name == "checkpoint-2"
+    assert run(4, corpus, out, name, resume=True, stop="interrupt 3").returncode != 0
+    assert (newest_step(out) or Path()).name == "checkpoint-4"
+    done = run(1, corpus, out, name, resume=True)
+    assert done.returncode == 0, done.stderr
+    close_runs(out, tmp_path / "one")
+    whole_run = run(2, corpus, tmp_path / "two", name)
+    assert whole_run.returncode == 0, whole_run.stderr
+    assert json.loads(whole_run.stdout)["finished"]
+    close_runs(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_killed_process_ends_all_and_harms_no_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    done = run(2, corpus, tmp_path / "run", stop="kill 3")
+    assert done.returncode != 0
+    assert "Signal 9" in done.stderr
+    saved = newest_step(tmp_path / "run")
+    assert saved is not None
+    load_model(saved, None)
+    assert run(2, corpus, tmp_path / "run", resume=True).returncode == 0
+    assert load_model(tmp_path / "run", None).config.n_future == 3
+
+
+def test_a_signal_to_one_stops_all(corpus: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it before it takes the machine away: all save the same step."""
+    done = run(2, corpus, tmp_path / "run", stop="term 3")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] in (3, 4)  # the one that was under way when it came
+    assert not json.loads(done.stdout)["finished"]
+    assert read_json((newest_step(tmp_path / "run") or Path()) / "foretoken.json")["step"] in (3, 4)
+
+
+def test_what_is_no_number_in_one_process_stops_all(corpus: Path, tmp_path: Path) -> None:
+    done = run(2, corpus, tmp_path / "run", stop="nan 3")
+    assert done.returncode != 0
+    assert done.stderr.count("TrainingError: step 4") >= 2
+
+
+def test_rows_that_do_not_divide(corpus: Path, tmp_path: Path) -> None:
+    done = run(2, corpus, tmp_path / "run", "train.batch_size=3")
+    assert "batch_size = 3 is not a multiple of the 2 processes" in done.stderr
+
+
+def test_alone_nothing_is_sharded() -> None:
+    tensor = torch.ones(3)
+    assert whole(tensor) is tensor
+    assert torch.equal(like(tensor, torch.zeros(3)), tensor)
+    assert ALONE.total(tensor) is tensor
+    assert not ALONE.any(False)
+    with pytest.raises(ZeroDivisionError):
+        ALONE.first_does(lambda: 1 // 0)
