@@ -108,6 +108,7 @@ def shard(model: Model, world: World, within: int) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def whole(tensor: Tensor) -> Tensor:

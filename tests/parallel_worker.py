@@ -9,19 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import tiny_model
 from small_runs import recipe
 
 from foretoken import train as training
+from foretoken.config import OptimConfig
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
+from foretoken.optim import clip_gradients, make_optimizers
 from foretoken.parallel import World, join_world, leave_world, shard, whole
 from foretoken.train import train
 
 
 def gradients(kind: str, within: int) -> None:
-    """Each process's loss and gradients beside those of one process on the whole batch."""
+    """Each process's loss, gradients and updates beside those of one process on the whole batch."""
     world = join_world("cpu")
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 17, (8, 16), generator=g)
@@ -39,14 +42,20 @@ def gradients(kind: str, within: int) -> None:
         return {**found, "loss": total}
 
     fields: dict[str, Any] = {"head_kind": kind, "dtype": torch.float64, "peaked": False}
-    wanted = run(tiny_model(**fields), slice(0, 8), None)
-    model = tiny_model(**fields)
+    alone, model = (tiny_model(**fields) for _ in range(2))
+    wanted = run(alone, slice(0, 8), None)
     shard(model, world, within)
     share = 8 // world.size
     found = run(model, slice(world.rank * share, (world.rank + 1) * share), world)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, atol=1e-12), f"{name}: {float((found[name] - value).abs().max())}"
+    assert clip_gradients(model, 0.1) == pytest.approx(clip_gradients(alone, 0.1))
+    for one in (alone, model):  # Muon for matrices in blocks, AdamW for the rest
+        for optimizer in make_optimizers(one, OptimConfig(name="muon")):
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(whole(p), q, atol=1e-6), f"{name} after a step"
 
 
 def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
