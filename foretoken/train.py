@@ -68,6 +68,8 @@ def train(
     _check_folder(run, resume)
     metrics.check_extras(config)
     world = join_world(_device(config).type)
+    if world.size > 1 and recipe.loss.method == "sequential":
+        raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
     report = report if world.first else lambda record: None
     model_config, tokenizer = _shape(recipe)
     report({"kind": "prepare"})
