@@ -65,7 +65,7 @@ def save_checkpoint(
     """
     target = Path(directory)
     state = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    training = dict(optimizer_tensors(model, optimizers))
+    training = dict(optimizer_tensors(model, optimizers)) if optimizers else None
 
     def write() -> None:
         _save(target, model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
@@ -76,7 +76,7 @@ def save_checkpoint(
 
 def _save(
     target: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, provenance: Provenance,
-    training: Mapping[str, Tensor], unlogged: Mapping[str, Any] | None,
+    training: Mapping[str, Tensor] | None, unlogged: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
@@ -86,7 +86,7 @@ def _save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         files = _write(staging, config, state, tokenizer)
-        if training:
+        if training is not None:
             files |= write_train_state(staging, training, unlogged or {})
         _write_provenance(staging, provenance, files, tokenizer)
         if target.exists():

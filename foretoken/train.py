@@ -6,10 +6,9 @@ A run has one folder: metrics.jsonl, checkpoint-STEP/ while it goes on, and at i
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,17 +29,14 @@ from foretoken.checkpoint import (
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Batch, Split, Tokens, Windows, prepare
 from foretoken.distil import Terms, distil_loss, teachable
-from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
+from foretoken.errors import ConfigError, DataError, TrainingError
 from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.parallel import ALONE, World, join_world, shard
+from foretoken.run_folder import check_folder, check_same_run, what_is_left
 from foretoken.tokenizer import Tokenizer, from_config
-from foretoken.train_state import TRAIN_STATE
-
-# What may differ between a run and its continuation: these decide what is written and where, not what is learned.
-FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device", "compile")
 
 
 @dataclass(frozen=True)
@@ -65,31 +61,27 @@ def train(
     TrainingError when a loss is not a number, naming the head and the step; what was saved before stays.
     """
     run, config = Path(out), recipe.train
-    _check_folder(run, resume)
-    metrics.check_extras(config)
-    world = join_world(_device(config).type)
-    if world.size > 1 and recipe.loss.method == "sequential":
-        raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
+    check_folder(run, resume)
+    world = _join(recipe)
     report = report if world.first else lambda record: None
     model_config, tokenizer = _shape(recipe)
     report({"kind": "prepare"})
     batches, held_out = _data(recipe, tokenizer, world)
     start = newest_step(run) if resume else None
     if start is not None:
-        _check_same_run(start, recipe, batches.tokens)
+        check_same_run(start, recipe, batches.tokens)
     world.first_does(lambda: _make_folder(run, config))
 
     meter = _meter(recipe, batches.tokens, world)
     model, optimizers, step, last = _begin(start, recipe, model_config, world, meter)
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
-    parameters = sum(p.numel() for p in model.parameters())
-    report({"kind": "start", "step": step, "steps": config.steps, "parameters": parameters})
+    size = sum(p.numel() for p in model.parameters())
+    report({"kind": "start", "step": step, "steps": config.steps, "parameters": size})
     began, first = time.perf_counter(), step
     marked, marked_step = began, step  # when the last record was made
     with MetricsLog(run, step, recipe, report, not world.first) as log, _stop_signals() as stop:
         while True:
-            batch = _to(batches.batch(step, world.rank, world.size), world.device)
-            norm = _update(model, optimizers, batch, step, recipe, meter, run, world)
+            norm = _update(model, optimizers, batches, step, recipe, meter, run, world)
             step += 1
             finished, stopped = step == config.steps, world.any(bool(stop))
             if finished or step % config.log_every == 0:
@@ -117,6 +109,15 @@ def train(
                 world.first_does(lambda: prune(run, config.keep_checkpoints))
             if stopped:
                 return TrainResult(path, step, False, time.perf_counter() - began, last)
+
+
+def _join(recipe: Recipe) -> World:
+    """The processes that train together, where what the recipe asks for is there."""
+    metrics.check_extras(recipe.train)
+    world = join_world(_device(recipe.train).type)
+    if world.size > 1 and recipe.loss.method == "sequential":
+        raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
+    return world
 
 
 def _shape(recipe: Recipe) -> tuple[ModelConfig, Tokenizer]:
@@ -182,7 +183,7 @@ def _data(recipe: Recipe, tokenizer: Tokenizer, world: World) -> tuple[Windows, 
 def _update(
     model: Model,
     optimizers: list[torch.optim.Optimizer],
-    batch: Batch,
+    batches: Windows,
     step: int,
     recipe: Recipe,
     meter: Meter,
@@ -190,6 +191,7 @@ def _update(
     world: World,
 ) -> float:
     """One step of training; returns the gradient's norm before clipping. A loss that is no number updates nothing."""
+    batch = _to(batches.batch(step, world.rank, world.size), world.device)
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, recipe.train.steps, recipe.optim))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -199,10 +201,10 @@ def _update(
             meter.add(output, counts, part.document_ids)
     for depth, value in enumerate(world.total(meter.sums["loss"]).tolist()):
         if not math.isfinite(value):
-            raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}; {_what_is_left(run)}")
+            raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}; {what_is_left(run)}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
     if not math.isfinite(norm):
-        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}; {_what_is_left(run)}")
+        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}; {what_is_left(run)}")
     for optimizer in optimizers:
         optimizer.step()
     return norm
@@ -309,44 +311,6 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_folder(run: Path, resume: bool) -> None:
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"{run}: is a file; the run needs a folder")
-    above = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{run}: nothing can be written in {above}; choose another folder")
-    if (run / "config.json").exists() and resume:
-        raise ConfigError(f"{run}: this run is finished; nothing to resume")
-    if resume and newest_step(run) is None and not (run / metrics.FILE).exists():
-        raise ConfigError(f"{run}: no run that could be resumed; leave out --resume to begin one")
-    if not resume and run.is_dir() and any(run.iterdir()):
-        raise ConfigError(f"{run}: is not empty; continue that run with --resume or choose another folder")
-
-
-def _check_same_run(checkpoint: Path, recipe: Recipe, tokens: Tokens) -> None:
-    stored = read_json(checkpoint / "foretoken.json")
-    if not (checkpoint / TRAIN_STATE).is_dir():
-        raise CheckpointError(f"{checkpoint}: has no {TRAIN_STATE}, so training cannot continue from it")
-    recorded = stored.get("recipe")
-    if not isinstance(recorded, Mapping) or not all(isinstance(section, Mapping) for section in recorded.values()):
-        raise CheckpointError(f"{checkpoint}/foretoken.json: records no recipe, so training cannot continue from it")
-    for section, wanted in recipe.model_dump(mode="json").items():
-        for key, new in wanted.items():
-            old = recorded.get(section, {}).get(key)
-            if old != new and key not in FREE_TO_CHANGE:
-                raise ConfigError(
-                    f"{checkpoint}: was trained with {section}.{key} = {old}, the recipe says {new}; "
-                    f"resume with the same recipe"
-                )
-    if stored.get("data_fingerprint") != tokens.fingerprint:
-        raise ConfigError(f"{checkpoint}: the data have changed since; resume needs the same documents")
-
-
-def _what_is_left(run: Path) -> str:
-    newest = newest_step(run)
-    return f"the last good checkpoint is {newest}" if newest else "no checkpoint had been saved yet"
 
 
 def _device(config: TrainConfig) -> torch.device:

@@ -540,7 +540,7 @@ def test_no_permission(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pyte
     wrong(run("train-tokenizer", corpus / "text", "--vocab-size", 270, "--out", below), "Not a directory")
     cache = f"data.cache_dir={tmp_path}/file/cache"
     wrong(run("train", "tiny", "--out", tmp_path / "run", *sets(corpus, cache)), "token cache", "set data.cache_dir to")
-    monkeypatch.setattr("foretoken.train.os.access", lambda path, mode: False)
+    monkeypatch.setattr("foretoken.run_folder.os.access", lambda path, mode: False)
     wrong(run("train", "tiny", "--out", tmp_path / "run", *sets(corpus)), "nothing can be written in")
     assert content(tmp_path) == {"file": b"mine"}
     assert os.listdir(tmp_path) == ["file"]

@@ -62,6 +62,7 @@ ORDER = [
     "completion",
     "evaluate",
     "metrics",
+    "run_folder",
     "train",
     "display",
     "bench",
@@ -79,6 +80,7 @@ ORDER = [
     "cli_bench",
     "cli_generate",
     "cli",
+    "__main__",
 ]
 LINES, FUNCTION_LINES = 350, 60
 
