@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/foretoken demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-engines: $(VENV)/.dev $(VLLM)/.ready
 	FORETOKEN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines $(ARGS)

@@ -6,7 +6,8 @@
 2. data, soft, own: three heads on that model, frozen, for the second number: from the data's tokens, from head 1's
    distribution, and from head 1's distribution and the chance of acceptance on text that the model wrote itself.
 3. pretrained: a model with four heads, for the sum of both.
-Minutes are turned into steps by a few timed ones of each arm. Figures: bits per byte of head 1 on held-out documents,
+Minutes are turned into steps by a few timed ones of each arm, once for all seeds: leave the machine alone until the
+first seed is through. Figures: bits per byte of head 1 on held-out documents,
 and tokens per step of three drafts behind held-out prompts, greedy and at temperature 0.8. Finished runs are kept.
 """
 
@@ -67,6 +68,18 @@ class Experiment:
         start = f"model.start_from={self.folder('base')}"
         return load_recipe("retrofit", (*sets, start, *like_the_demo, "train.batch_size=3", "train.seq_len=384"))
 
+    def steps(self, arm: str) -> int:
+        """As many as an arm's minutes hold, by the time that a few took when it was first trained."""
+        first, second = self.minutes
+        minutes = {"base": first, "pretrained": first + second}.get(arm, second)
+        path = self.out / "seconds.json"
+        seconds = read_json(path) if path.exists() else {}
+        if arm not in seconds:
+            seconds[arm] = statistics.median(step_seconds(self.recipe(arm, TIMED))[3:])
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(path, seconds)
+        return max(2, round(60 * minutes / seconds[arm]))
+
     def run(self, arm: str, records: int, display: Display) -> None:
         """Train an arm, if it is not there yet."""
         folder = self.folder(arm)
@@ -79,10 +92,7 @@ class Experiment:
                 model, tokenizer, texts, self.out / f"own-seed{self.seed}.jsonl", records=records, max_tokens=RESPONSE,
                 temperature=1.0, seed=1000 * self.seed, batch_size=16, display=display,
             )  # fmt: skip
-        first, second = self.minutes
-        minutes = {"base": first, "pretrained": first + second}.get(arm, second)
-        seconds = statistics.median(step_seconds(self.recipe(arm, TIMED))[3:])
-        steps = max(2, round(60 * minutes / seconds))
+        steps = self.steps(arm)
         display.say(f"{folder.name}: {steps} steps")
         if not train(self.recipe(arm, steps), folder, resume=folder.exists(), report=display.record).finished:
             raise KeyboardInterrupt
@@ -163,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.minutes[0]:g} {options.minutes[1]:g} --seeds {' '.join(map(str, options.seeds))}",
             "machine": machine(),
             "seeds": options.seeds,
+            "steps": {arm: Experiment(options.out, "", None, options.minutes, 0).steps(arm) for arm in ARMS},
             "arms": arms,
         }
         if options.result is not None:
