@@ -6,8 +6,8 @@
 2. data, soft, own: three heads on that model, frozen, for the second number: from the data's tokens, from head 1's
    distribution, and from head 1's distribution and the chance of acceptance on text that the model wrote itself.
 3. pretrained: a model with four heads, for the sum of both.
-Minutes are turned into steps by a few timed ones of each arm, once for all seeds: leave the machine alone until the
-first seed is through. Figures: bits per byte of head 1 on held-out documents,
+Minutes are turned into steps by some timed ones of each arm at the beginning, in rounds; leave the machine alone until
+then. Figures: bits per byte of head 1 on held-out documents,
 and tokens per step of three drafts behind held-out prompts, greedy and at temperature 0.8. Finished runs are kept.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ ARMS = {
     "pretrained": ("model.n_future=4",),
 }
 ADDED = ("data", "soft", "own")
-DRAFTS, PROMPTS, MAX_TOKENS, SCORED_BYTES, TIMED = 3, 16, 200, 100_000, 12
+DRAFTS, PROMPTS, MAX_TOKENS, SCORED_BYTES = 3, 16, 200, 100_000
+PROBE, ROUNDS, TIMED = "probe.json", 5, 12
 RESPONSE = 240  # tokens of the own samples, which with their prompt fit the demo's windows
 
 
@@ -53,10 +55,10 @@ class Experiment:
         """Of a run."""
         return self.out / f"{arm}-seed{self.seed}"
 
-    def recipe(self, arm: str, steps: int) -> Recipe:
+    def recipe(self, arm: str, steps: int, probing: bool = False) -> Recipe:
         """The demo's, but for what an arm changes; nothing is evaluated or saved on the way."""
         sets = [*ARMS[arm], f"train.seed={self.seed}", f"train.steps={steps}", f"train.save_every={steps + 1}"]
-        if arm == "own":
+        if arm == "own" and not probing:
             own = f'data.source=["{self.out}/own-seed{self.seed}.jsonl"]'
             sets += [own, "data.prompt_field=prompt", "data.response_field=response"]
         else:
@@ -69,16 +71,10 @@ class Experiment:
         return load_recipe("retrofit", (*sets, start, *like_the_demo, "train.batch_size=3", "train.seq_len=384"))
 
     def steps(self, arm: str) -> int:
-        """As many as an arm's minutes hold, by the time that a few took when it was first trained."""
+        """As many as an arm's minutes hold."""
         first, second = self.minutes
         minutes = {"base": first, "pretrained": first + second}.get(arm, second)
-        path = self.out / "seconds.json"
-        seconds = read_json(path) if path.exists() else {}
-        if arm not in seconds:
-            seconds[arm] = statistics.median(step_seconds(self.recipe(arm, TIMED))[3:])
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, seconds)
-        return max(2, round(60 * minutes / seconds[arm]))
+        return max(2, round(60 * minutes / float(read_json(self.out / PROBE)["seconds_per_step"][arm])))
 
     def run(self, arm: str, records: int, display: Display) -> None:
         """Train an arm, if it is not there yet."""
@@ -115,6 +111,25 @@ class Experiment:
                 result[name] = {key: found[key] for key in ("tokens_per_step", "accepted_by_position", "outputs_equal")}
         write_json(path, result)
         return result
+
+
+def probe(experiment: Experiment, display: Display) -> None:
+    """Time a few steps of every arm, in rounds, so that all meet the same machine. What disturbs a step makes it longer: of
+    each arm's the lower quartile is kept."""
+    path = experiment.out / PROBE
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Experiment(Path(folder), experiment.data, experiment.split_field, experiment.minutes, experiment.seed)
+        train(trial.recipe("base", 2), trial.folder("base"))
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for number in range(ROUNDS):
+            for arm in ARMS:
+                display.say(f"Timing steps: round {number + 1} of {ROUNDS}, {arm}")
+                seconds[arm] += step_seconds(trial.recipe(arm, TIMED, probing=True))[3:]  # the first ones warm up
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    kept = {arm: statistics.quantiles(values)[0] for arm, values in seconds.items()}
+    write_json(path, {"seconds_per_step": kept, "all": seconds, "machine": machine()})
 
 
 def report(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -162,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     with Display() as display:
+        probe(Experiment(options.out, options.data, options.split_field, options.minutes, 0), display)
         for seed in options.seeds:
             experiment = Experiment(options.out, options.data, options.split_field, options.minutes, seed)
             for arm in ARMS:
@@ -171,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = {
             "command": f"python -m foretoken.lab.retrofit --data {Path(options.data).name} --minutes "
             f"{options.minutes[0]:g} {options.minutes[1]:g} --seeds {' '.join(map(str, options.seeds))}",
-            "machine": machine(),
+            "machine": read_json(options.out / PROBE)["machine"],
             "seeds": options.seeds,
             "steps": {arm: Experiment(options.out, "", None, options.minutes, 0).steps(arm) for arm in ARMS},
             "arms": arms,
