@@ -114,8 +114,8 @@ class Experiment:
 
 
 def probe(experiment: Experiment, display: Display) -> None:
-    """Time a few steps of every arm, in rounds, so that all meet the same machine. What disturbs a step makes it longer: of
-    each arm's the lower quartile is kept."""
+    """Time a few steps of every arm, in rounds, so that all meet the same machine; the lower quartile is kept, since what
+    disturbs a step makes it longer."""
     path = experiment.out / PROBE
     if path.exists():
         return
