@@ -114,7 +114,7 @@ class Experiment:
 
 
 def probe(experiment: Experiment, display: Display) -> None:
-    """Time a few steps of every arm, in rounds, so that all meet the same machine; the lower quartile is kept, since what
+    """Time a few steps of every arm, in rounds, so that all meet the same machine, and keep the lower quartile: what
     disturbs a step makes it longer."""
     path = experiment.out / PROBE
     if path.exists():
