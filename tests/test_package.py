@@ -55,6 +55,10 @@ ORDER = [
     "attach",
     "formats.eagle3",
     "formats.gguf",
+    "importing",
+    "formats.sentencepiece",
+    "formats.meta",
+    "formats.fast_llm",
     "request",
     "draft",
     "drafters",
@@ -79,6 +83,7 @@ ORDER = [
     "cli_common",
     "cli_bench",
     "cli_generate",
+    "cli_import",
     "cli",
     "__main__",
 ]
