@@ -498,7 +498,7 @@ def test_file_too_large_is_an_error_of_ours(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="run: cannot be written: .*File too large"):
+        with pytest.raises(CheckpointError, match=r"run: cannot be written: .*File too large"):
             save_checkpoint(tmp_path / "run", small(), byte_tokenizer())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -14,9 +14,9 @@ from foretoken.config_model import ModelConfig, validated
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json
 from foretoken.formats import hf
+from foretoken.formats.importing import Progress, by_our_names, import_tensors
 from foretoken.formats.safetensors import Stored, stored_tensors
 from foretoken.formats.sentencepiece import load_sentencepiece
-from foretoken.importing import Progress, by_our_names, import_tensors
 from foretoken.tokenizer import load as load_tokenizer
 
 ARCHITECTURE = "MTPLlamaForCausalLM"

@@ -20,9 +20,9 @@ from torch import Tensor
 from foretoken.config_model import ModelConfig, Section, validated
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json
+from foretoken.formats.importing import Progress, by_our_names, import_tensors
 from foretoken.formats.safetensors import Stored
 from foretoken.formats.sentencepiece import load_sentencepiece
-from foretoken.importing import Progress, by_our_names, import_tensors
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 
