@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from foretoken import __version__
@@ -25,7 +24,7 @@ from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json, write_json
 from foretoken.formats import hf
-from foretoken.formats.safetensors import FILE, read_tensors, save_tensors
+from foretoken.formats.safetensors import FILE, Stored, read_tensors, save_tensors
 from foretoken.model import Model
 from foretoken.parallel import ALONE, World, whole
 from foretoken.tokenizer import Tokenizer
@@ -45,6 +44,7 @@ class Provenance:
     data_fingerprint: str | None = None
     step: int | None = None
     metrics: Mapping[str, Any] | None = None
+    imported_from: Mapping[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -85,10 +85,7 @@ def _save(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        files = _write(staging, config, state, tokenizer)
-        if training is not None:
-            files |= write_train_state(staging, training, unlogged or {})
-        _write_provenance(staging, provenance, files, tokenizer)
+        write_files(staging, config, state, tokenizer, provenance, training, unlogged)
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
                 shutil.rmtree(target / folder, ignore_errors=True)
@@ -96,13 +93,26 @@ def _save(
                 os.replace(entry, target / entry.name)
         else:
             os.rename(staging, target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> dict[str, str]:
+def write_files(
+    folder: Path, config: ModelConfig, state: Mapping[str, Tensor | Stored], tokenizer: Tokenizer,
+    provenance: Provenance, training: Mapping[str, Tensor] | None = None, unlogged: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint's files into `folder`. state: the weights by our names, those that are `Stored` one by one."""
+    files = _write(folder, config, state, tokenizer)
+    if training is not None:
+        files |= write_train_state(folder, training, unlogged or {})
+    _write_provenance(folder, provenance, files, tokenizer)
+
+
+def _write(
+    folder: Path, config: ModelConfig, state: Mapping[str, Tensor | Stored], tokenizer: Tokenizer
+) -> dict[str, str]:
     """Write all that engines read; returns the SHA-256 of the weight files by name."""
     weights = state["embed_tokens.weight"].dtype
     dtype = next(name for name, kind in DTYPES.items() if kind == weights)
@@ -116,7 +126,7 @@ def _write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], token
     if config.n_future > 1:
         (folder / HEADS).mkdir()
         heads = {new: t for name, t in state.items() if (new := hf.heads_name(name, config))}
-        heads |= hf.heads_constants(config, weights)
+        heads.update(hf.heads_constants(config, weights))
         files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
         write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
     return files
@@ -133,6 +143,7 @@ def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, 
             "recipe": provenance.recipe,
             "data_fingerprint": provenance.data_fingerprint,
             "metrics": provenance.metrics,
+            "imported_from": provenance.imported_from,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "sha256": files,
         },

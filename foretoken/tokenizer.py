@@ -170,7 +170,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    _frame(backend)
+    frame(backend, _SPECIALS[0])
     return Tokenizer(backend, *(backend.token_to_id(name) for name in _SPECIALS))
 
 
@@ -219,13 +219,12 @@ def _byte_backend() -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*_SPECIALS, "<|unused|>")])
-    _frame(backend)
+    frame(backend, _SPECIALS[0])
     return backend
 
 
-def _frame(backend: tokenizers.Tokenizer) -> None:
-    """Have the post-processor put <|bos|> in front."""
-    bos = _SPECIALS[0]
+def frame(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Have the post-processor put the token `bos` in front."""
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
     )

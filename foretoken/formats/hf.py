@@ -204,7 +204,8 @@ def _refuse_unsupported(values: dict[str, Any], architecture: Architecture, wher
         raise CheckpointError(f"{where}: mlp_bias = true is not supported")
     if values.get("attention_bias") and architecture in ("llama", "qwen3"):
         raise CheckpointError(f"{where}: attention_bias = true is not supported")
-    # Mistral's window is on when the key holds a number, Qwen's only when use_sliding_window says so.
-    window = values.get("sliding_window") if architecture == "mistral" else values.get("use_sliding_window")
-    if window:
+    # Mistral's window is on unless the key holds null (4096 without it), Qwen's only when use_sliding_window says so.
+    window = values.get("sliding_window", 4096) if architecture == "mistral" else values.get("use_sliding_window")
+    layers = values.get("layer_types") or []
+    if window or any(kind != "full_attention" for kind in layers):
         raise CheckpointError(f"{where}: sliding-window attention is not supported; full attention is")
