@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from foretoken.config import ModelConfig
 from foretoken.layers import MLP, Attention, Block, Context, RMSNorm, attention
-from foretoken.packing import BlockMask, Mask, block_attention
+from foretoken.packing import Mask, block_attention
 
 # What `rest` may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each position,
 # and the context whose rotary tables start at position d - 1.
@@ -195,7 +196,7 @@ class _MergedAttention(torch.autograd.Function):
         y, joint, shares = _merge(y, lse, scores, own_v)
         y = y.to(q.dtype)
         ctx.save_for_backward(q, k, v, own_k, own_v, y, joint, shares)
-        return y.transpose(1, 2)  # type: ignore[no-any-return]
+        return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

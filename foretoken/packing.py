@@ -7,6 +7,8 @@ lies in other documents and holds no mask of T x T.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -83,8 +85,10 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[T
 
     Outside of torch.compile the kernel is compiled by itself.
     """
-    fused = q.is_cuda and not torch.compiler.is_compiling()
-    y, rest = (torch.compile(flex_attention) if fused else flex_attention)(
+    attend: Any = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = torch.compile(flex_attention)
+    y, rest = attend(
         q.to(v.dtype).transpose(1, 2),  # (B, N, T, H); autocast does not reach the kernel
         k.to(v.dtype).transpose(1, 2),
         v.transpose(1, 2),
