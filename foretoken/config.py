@@ -136,6 +136,7 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(default=None, ge=1, description="windows per forward; divides batch_size")
     seq_len: int = Field(ge=1)
     attention_across_documents: bool = True
+    reset_position_ids: bool = Field(default=False, description="positions count from each document's start")
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     shard_within: int = Field(default=0, ge=0, description="processes a parameter is spread over; 0: all")
     device: Literal["auto", "cpu", "cuda"] = "auto"

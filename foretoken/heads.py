@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from foretoken.config import ModelConfig
 from foretoken.layers import MLP, Attention, Block, Context, RMSNorm, attention
+from foretoken.packing import Mask, block_attention
 
 # What `rest` may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each position,
 # and the context whose rotary tables start at position d - 1.
@@ -120,34 +122,59 @@ class SequentialBlock(nn.Module):
         q, k, v = self.self_attn.project(both, context)
         keys.append(k)
         values.append(v)
-        # The merged form is for plain causal attention on a CPU; the masked one is its readable twin.
-        merged = len(keys) > 1 and context.mask is None and q.device.type == "cpu"
-        y = (merged_attention if merged else masked_attention)(q, keys, values, context.mask)
-        x = hidden + self.self_attn.o_proj(y.flatten(2))
+        x = hidden + self.self_attn.o_proj(unrolled_attention(q, keys, values, context.mask).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+def unrolled_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask | None) -> Tensor:
     """Queries (B, T, N, H) of depth d over keys and values (B, T, Nkv, H) of depths 1..d -> (B, T, N, H).
 
-    Those of depth 1 are seen as `mask` (B or 1, 1, T, T) says, by default causally; of the others a position sees its
-    own. Takes d times the memory and the work of plain attention.
+    Those of depth 1 are seen as `mask` says, by default causally; of the others a position sees its own.
     """
+    if len(keys) == 1:
+        return attention(q, keys[0], values[0], mask)
+    if mask is None and q.device.type == "cpu":
+        return merged_attention(q, keys, values)
+    if mask is None or isinstance(mask, Tensor):
+        return masked_attention(q, keys, values, mask)
+    return merged_block_attention(q, keys, values, mask)
+
+
+def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """The readable twin of the merged forms, by a mask (B or 1, 1, T, T): d times the memory and work of depth 1."""
     T, depths = q.size(1), len(keys)
-    if depths > 1:
-        if mask is None:
-            mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
-        mask = torch.cat((mask, *[torch.eye(T, dtype=torch.bool, device=q.device).expand_as(mask)] * (depths - 1)), -1)
+    if mask is None:
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
+    mask = torch.cat((mask, *[torch.eye(T, dtype=torch.bool, device=q.device).expand_as(mask)] * (depths - 1)), -1)
     return attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask)
 
 
-def merged_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """As `masked_attention` without a mask: causal attention to depth 1, merged with a position's own keys."""
-    assert mask is None
+def merged_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Without a mask, on a CPU: causal attention to depth 1, merged with a position's own keys."""
     groups = q.size(2) // keys[0].size(2)
     k, v = ([t.repeat_interleave(groups, 2) for t in tensors] if groups > 1 else tensors for tensors in (keys, values))
     own_keys, own_values = torch.stack(list(k[1:])), torch.stack(list(v[1:]))
     return _MergedAttention.apply(q, k[0], v[0], own_keys, own_values)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def merged_block_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask) -> Tensor:
+    """With a mask of tiles: attention to depth 1 by the kernel, merged with a position's own keys."""
+    y, lse = block_attention(q, keys[0], values[0], mask)  # (B, T, N, H), (B, T, N)
+    groups, wide = q.size(2) // keys[0].size(2), lse.dtype
+    own_k, own_v = (torch.stack(list(t[1:])).repeat_interleave(groups, 3) for t in (keys, values))  # (d-1, B, T, N, H)
+    scores = (q.to(wide) * own_k.to(wide)).sum(-1) * q.size(-1) ** -0.5
+    return _merge(y, lse, scores, own_v)[0].to(y.dtype)
+
+
+def _merge(y: Tensor, lse: Tensor, scores: Tensor, own_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's output (..., H) and normaliser's logarithm (...), joined by further scores (d - 1, ...) and values.
+
+    Returns the joint output, in the normaliser's type, the joint logarithm, and the shares of the scores.
+    """
+    joint = torch.logsumexp(torch.cat((lse[None], scores)), 0)
+    shares = torch.exp(scores - joint)
+    y = torch.exp(lse - joint)[..., None] * y.to(lse.dtype) + (shares[..., None] * own_v.to(lse.dtype)).sum(0)
+    return y, joint, shares
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -166,12 +193,10 @@ class _MergedAttention(torch.autograd.Function):
         y, lse = _flash(q, k, v, is_causal=True)
         wide = lse.dtype
         scores = (q.to(wide) * own_k.to(wide)).sum(-1) * scale  # (d - 1, B, N, T)
-        joint = torch.logsumexp(torch.cat((lse[None], scores)), 0)
-        shares = torch.exp(scores - joint)
-        y = torch.exp(lse - joint)[..., None] * y.to(wide) + (shares[..., None] * own_v.to(wide)).sum(0)
+        y, joint, shares = _merge(y, lse, scores, own_v)
         y = y.to(q.dtype)
         ctx.save_for_backward(q, k, v, own_k, own_v, y, joint, shares)
-        return y.transpose(1, 2)  # type: ignore[no-any-return]
+        return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

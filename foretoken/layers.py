@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from foretoken.cache import KVCache, Window
 from foretoken.config import ModelConfig
+from foretoken.packing import Mask, block_attention
 
 
 @dataclass(frozen=True)
 class Context:
     """What every block of one forward shares.
 
-    cos, sin (B or 1, T, H): the rotary tables at the tokens' positions. mask: None for plain causal attention, or a
-    mask (B, 1, T, S) that `scaled_dot_product_attention` takes.
+    cos, sin (B or 1, T, H): the rotary tables at the tokens' positions. mask: None for plain causal attention, a
+    mask (B, 1, T, S) that `scaled_dot_product_attention` takes, or one of tiles, see `packing.document_mask`.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None = None
+    mask: Mask | None = None
 
 
 class Rotary(nn.Module):
@@ -136,8 +137,10 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
     """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, N, H); causal without a mask (B, 1, T, S)."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return block_attention(q, k, v, mask)[0]
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, N, T, H)
         k.transpose(1, 2),
@@ -238,6 +241,7 @@ class BlockStack:
         qk = rotate(qk, cos, sin).view(m, B, T, rotated, self.head_dim).transpose(2, 3)  # (m, B, N + Nkv, T, H)
         v = v.reshape(m, B, T, self.kv_heads, self.head_dim).transpose(2, 3)
         keys, values = cache.write(block, qk[:, :, self.heads :], v, positions)
+        assert context.mask is None or isinstance(context.mask, Tensor)
         y = self._attend(qk[:, :, : self.heads], keys, values, context.mask)  # (m, BT, N H)
         x = x + _bmm(y, self.o[:m])
         gate, up = _bmm(unit_rms(x, self.eps) * self.norm_2[:m], self.gate_up[:m]).chunk(2, -1)

@@ -21,6 +21,7 @@ from foretoken.heads import make_heads
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
+from foretoken.packing import document_mask
 from foretoken.processors import Change
 from foretoken.sampling import Keys, filtered, rejection
 from foretoken.tree import Tree
@@ -74,24 +75,24 @@ class Model(nn.Module):
         """The weights' type."""
         return self.embed_tokens.weight.dtype
 
-    def context(self, length: int, document_ids: Tensor | None = None) -> Context:
+    def context(self, length: int, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Context:
         """What the blocks share for windows of `length` positions.
 
-        document_ids (B, length): when given, a position attends only inside its own document.
+        document_ids (B, length): when given, a position attends only inside its own document. position_ids
+        (B, length): what the rotary embedding counts, by default 0..length-1.
         """
-        cos, sin = self._tables(0, length)
+        cos, sin = self._tables(self._positions(length, position_ids))
         mask = None
         if document_ids is not None:
-            same = document_ids[:, :, None] == document_ids[:, None, :]
-            mask = torch.ones(length, length, dtype=torch.bool, device=self.device).tril() & same
-            mask = mask[:, None]  # (B, 1, T, T)
+            mask = document_mask(document_ids, self.config.head_dim, self.dtype)
         return Context(cos, sin, mask)
 
-    def _tables(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables (1, T, H) of positions start..start+T-1."""
-        tables: tuple[Tensor, Tensor] = self.rotary(
-            torch.arange(start, start + length, device=self.device)[None], torch.float32
-        )
+    def _positions(self, length: int, position_ids: Tensor | None) -> Tensor:
+        return torch.arange(length, device=self.device)[None] if position_ids is None else position_ids[:, :length]
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables (B or 1, T, H) of positions (B or 1, T)."""
+        tables: tuple[Tensor, Tensor] = self.rotary(positions, torch.float32)
         return tables
 
     def compile_blocks(self) -> None:
@@ -116,15 +117,18 @@ class Model(nn.Module):
         document_ids: Tensor | None = None,
         length: int | None = None,
         head_gradients: Sequence[Shared] = ALL_SHARED,
+        position_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Tokens -> n normalised hidden states (B, T, D), head 1 first.
 
         length: T, by default all of them; tokens (B, T or more) behind it are only read as those a sequential head is
         fed: its depth d at position t reads token t + d. Where there is none it reads token 0, and its state means
         nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
+        position_ids (B, T): see `context`; depth d of a sequential head stands d - 1 further.
         """
         T = tokens.size(1) if length is None else length
-        context = self.context(T, None if document_ids is None else document_ids[:, :T])
+        positions = self._positions(T, position_ids)
+        context = self.context(T, None if document_ids is None else document_ids[:, :T], positions)
         z = self.run_trunk(tokens[:, :T], context)
         hidden = [self.norm(self.heads.first(z, context))]
         if self.config.n_future == 1:
@@ -136,7 +140,7 @@ class Model(nn.Module):
         states = self.heads.rest(
             z,
             lambda depth: F.embedding(further[:, depth : depth + T], table),
-            lambda depth: Context(*self._tables(depth - 1, T), context.mask),
+            lambda depth: Context(*self._tables(positions + depth - 1), context.mask),
         )
         return hidden + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in states]
 

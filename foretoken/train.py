@@ -34,6 +34,7 @@ from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
+from foretoken.packing import restarted_positions
 from foretoken.parallel import ALONE, World, join_world, shard
 from foretoken.run_folder import check_folder, check_same_run, what_is_left
 from foretoken.tokenizer import Tokenizer, from_config
@@ -224,10 +225,10 @@ def _backward(
     for start in range(0, batch.tokens.size(0), size):
         rows = slice(start, start + size)
         part = Batch(batch.tokens[rows], batch.document_ids[rows], batch.label_mask[rows])
-        documents, part_labels = _attended(part, recipe.train), labels[:, rows]
+        (documents, positions), part_labels = _packed(part, recipe.train), labels[:, rows]
         if recipe.loss.method == "chunked":
             trained = recipe.loss.head_gradients
-            hidden = model(part.tokens, documents, T, trained) * (len(labels) // n)
+            hidden = model(part.tokens, documents, T, trained, positions) * (len(labels) // n)
             heads_learned = len(labels) if "unembedding" in trained else 1
             output = mtp_loss(hidden, model.lm_head.weight, part_labels, factors, weight_learns_from=heads_learned)
             total = output.total
@@ -239,7 +240,7 @@ def _backward(
                 ).total  # fmt: skip
             total.backward()  # type: ignore[no-untyped-call]
         else:
-            context = model.context(T, documents)
+            context = model.context(T, documents, positions)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
             z = model.run_trunk(part.tokens[:, :T], context)
             output = sequential_backward(z, heads, model.lm_head.weight, part_labels, factors)
@@ -258,9 +259,11 @@ def _meter(recipe: Recipe, tokens: Tokens, world: World = ALONE) -> Meter:
     return Meter(len(offsets), tokens.tokens_per_byte, offsets[-1] == len(offsets), world.total)
 
 
-def _attended(batch: Batch, config: TrainConfig) -> torch.Tensor | None:
-    """Documents (B, T) inside which positions attend, None for all that is before them."""
-    return None if config.attention_across_documents else batch.document_ids[:, : config.seq_len]
+def _packed(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Documents (B, T) inside which positions attend, and position ids (B, T); None for a window as one document."""
+    documents = batch.document_ids[:, : config.seq_len]
+    positions = restarted_positions(documents) if config.reset_position_ids else None
+    return None if config.attention_across_documents else documents, positions
 
 
 @torch.no_grad()
@@ -271,8 +274,9 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
     for index in range(-(-min(recipe.train.eval_windows, held_out.windows_per_epoch) // size)):
         batch = _to(held_out.batch(index), model.device)
         labels = _targets(batch, recipe)
+        documents, positions = _packed(batch, recipe.train)
         with _autocast(model, recipe.train):
-            hidden = model(batch.tokens, _attended(batch, recipe.train), recipe.train.seq_len)
+            hidden = model(batch.tokens, documents, recipe.train.seq_len, position_ids=positions)
             hidden = hidden * (len(labels) // len(hidden))
             output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(len(labels)))
         meter.add(output, valid_counts(labels), batch.document_ids)

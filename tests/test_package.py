@@ -33,6 +33,7 @@ ORDER = [
     "data",
     "cache",
     "sampling",
+    "packing",
     "layers",
     "heads",
     "tree",

@@ -141,8 +141,8 @@ def mask_of_the_position(patch: Patch) -> None:
 def bidirectional(patch: Patch) -> None:
     real = Model.context
 
-    def context(model: Model, length: int, document_ids: Tensor | None = None) -> Any:
-        found = real(model, length, document_ids)
+    def context(model: Model, length: int, *packed: Tensor | None) -> Any:
+        found = real(model, length, *packed)
         everything = torch.ones(1, 1, length, length, dtype=torch.bool)
         return type(found)(found.cos, found.sin, everything)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def token_before(patch: pytest.MonkeyPatch) -> None:
 def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
     """In training, later depths see the keys of other positions' drafts."""
 
-    def own(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Any) -> Tensor:
+    def own(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         T = q.size(1)
         mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
         return heads.attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask.repeat(1, 1, 1, len(keys)))
@@ -164,7 +165,7 @@ def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 def rotary_of_the_first_depth(patch: pytest.MonkeyPatch) -> None:
     real = Model._tables
-    patch.setattr(Model, "_tables", lambda model, start, length: real(model, 0, length))
+    patch.setattr(Model, "_tables", lambda model, positions: real(model, positions - positions[:, :1]))
 
 
 def decoding() -> None:
@@ -330,8 +331,8 @@ def test_merged_attention_is_the_masked_one(dtype: torch.dtype, kv_heads: int, d
     q, keys, values = leaf(4), [leaf(kv_heads) for _ in range(depths)], [leaf(kv_heads) for _ in range(depths)]
     upstream = torch.randn(2, 11, 4, 8, generator=g, dtype=torch.float64).to(dtype)
     found = []
-    for form in (heads.masked_attention, heads.merged_attention):
-        y = form(q, keys, values, None)
+    for form in (partial(heads.masked_attention, mask=None), heads.merged_attention):
+        y = form(q, keys, values)
         found.append([y, *torch.autograd.grad(y, [q, *keys, *values], upstream)])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     for masked, merged in zip(*found, strict=True):
