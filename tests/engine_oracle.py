@@ -113,15 +113,43 @@ def count_drafts(
                 token, state = layer(fed, states)
                 proposed.append(token)
                 fed, states = [*fed, token], [*states, state]
-            coming = output[generated : generated + drafts]
-            right = next((i for i, (a, b) in enumerate(zip(proposed, coming, strict=True)) if a != b), drafts)
-            for counts, room in ((total, drafts), (cut, min(drafts, tokens - generated - 1))):
-                counts.steps += 1
-                counts.drafted += room
-                counts.accepted += min(right, room)
-                counts.by_position = [n + (i < min(right, room)) for i, n in enumerate(counts.by_position)]
-            generated += right + 1
+            generated += _count((total, cut), proposed, output[generated : generated + drafts], tokens - generated)
     return total, cut
+
+
+@torch.no_grad()
+def count_parallel_drafts(
+    checkpoint: Path, prompts: list[list[int]], outputs: list[list[int]], tokens: int, drafts: int
+) -> tuple[Counts, Counts]:
+    """As `count_drafts`, for parallel heads that all draft: head i is a Llama whose last layer is that head."""
+    model = _llama(checkpoint)
+    stored = load_file(checkpoint / "mtp_heads" / "model.safetensors")
+    total, cut = Counts(by_position=[0] * drafts), Counts(by_position=[0] * drafts)
+    choices: list[list[list[int]]] = []  # by head, by prompt
+    for head in range(drafts):
+        own = {name: t for name, t in stored.items() if name.startswith(f"heads.{head}.")}
+        model.model.layers[-1].load_state_dict({name.split(".", 2)[2]: t for name, t in own.items()})
+        whole = (torch.tensor([prompt + output]) for prompt, output in zip(prompts, outputs, strict=True))
+        choices.append([model(sequence).logits[0].argmax(-1).tolist() for sequence in whole])
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        generated = 1
+        while generated < tokens:
+            at = len(prompt) + generated - 2  # the newest token has not been read
+            proposed = [own[number][at] for own in choices]
+            generated += _count((total, cut), proposed, output[generated : generated + drafts], tokens - generated)
+    return total, cut
+
+
+def _count(both: tuple[Counts, Counts], proposed: list[int], coming: list[int], left: int) -> int:
+    """Count one step in the whole and the cut counts; returns how many tokens it commits."""
+    drafts = len(proposed)
+    right = next((i for i, (a, b) in enumerate(zip(proposed, coming, strict=True)) if a != b), drafts)
+    for counts, room in zip(both, (drafts, min(drafts, left - 1)), strict=True):
+        counts.steps += 1
+        counts.drafted += room
+        counts.accepted += min(right, room)
+        counts.by_position = [n + (i < min(right, room)) for i, n in enumerate(counts.by_position)]
+    return right + 1
 
 
 def _llama(checkpoint: Path):  # type: ignore[no-untyped-def]

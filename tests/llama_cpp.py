@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+has_llama_cpp = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="xllamacpp has no wheel for this machine"
+)
 
 
 class LlamaCpp:
@@ -37,3 +46,12 @@ class LlamaCpp:
         }  # fmt: skip
         answer = self.server.handle_completions(request)
         return json.loads(answer) if isinstance(answer, str) else answer
+
+
+def tokenize(server: LlamaCpp, text: str) -> list[int]:
+    """Ids of `text` by llama.cpp, bos in front where it puts it."""
+    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
+    address = f"{server.server.listening_address}/tokenize"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return json.load(answer)["tokens"]  # type: ignore[no-any-return]

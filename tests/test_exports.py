@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine_oracle
 import gguf
 import numpy as np
 import pytest
@@ -19,24 +16,23 @@ import tiny_engine_model
 import torch
 from conftest import run, tiny_model
 from engine_oracle import Counts, EagleLayer
-from llama_cpp import LlamaCpp
+from llama_cpp import LlamaCpp, has_llama_cpp, tokenize
 from safetensors.torch import load_file
 from tiny_engine_model import PROMPTS, TOKENS
+from trained_models import AHEAD, DRAFTS, KINDS, Trained, exported
 
 from foretoken import cli
 from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.config import RopeScaling
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.formats import eagle3 as eagle3_format
-from foretoken.formats.eagle3 import export_eagle3, serving_commands
-from foretoken.formats.gguf import export_gguf, serving_command
+from foretoken.formats.eagle3 import export_eagle3
+from foretoken.formats.engines import eagle3_commands, gguf_command
+from foretoken.formats.gguf import export_gguf
 from foretoken.recipe import load_recipe
-from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from foretoken.tokenizer import byte_tokenizer, train_bpe
 from foretoken.train import train
 
-KINDS = ("sequential", "parallel")
-DRAFTS = (1, 2, 3)
-AHEAD = 3  # ids that the oracle knows behind the last one that is asked for
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = {
     "attn_norm": "input_layernorm", "attn_norm_2": "hidden_norm", "ffn_norm": "post_attention_layernorm",
@@ -44,57 +40,6 @@ BLOCK = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-has_llama_cpp = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="xllamacpp has no wheel for this machine"
-)
-
-
-@dataclass
-class Trained:
-    """A small trained model, its drafter, and what transformers writes behind the prompts."""
-
-    kind: str
-    checkpoint: Path
-    drafter: Path
-    files: list[Path]
-    tokenizer: Tokenizer
-    prompts: list[list[int]]
-    outputs: list[list[int]]
-
-    @property
-    def texts(self) -> list[str]:
-        return [self.tokenizer.decode(output[:TOKENS]) for output in self.outputs]
-
-    def counts(self, drafts: int) -> tuple[Counts, Counts]:
-        coming = [output[: TOKENS + drafts] for output in self.outputs]
-        return engine_oracle.count_drafts(self.checkpoint, self.drafter, self.prompts, coming, TOKENS, drafts)
-
-
-def exported(kind: str, checkpoint: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> Trained:
-    drafter = export_eagle3(checkpoint, checkpoint.parent / "eagle3")
-    files = export_gguf(checkpoint, checkpoint.parent / "gguf", "f32")
-    prompts = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
-    outputs = engine_oracle.greedy(checkpoint, prompts, TOKENS, AHEAD)
-    return Trained(kind, checkpoint, drafter, files, tokenizer, prompts, outputs)
-
-
-@pytest.fixture(scope="module")
-def sequential(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    out = tiny_engine_model.make(tmp_path_factory.mktemp("sequential") / "model", "sequential")
-    return exported("sequential", out, byte_tokenizer(), PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    out = tiny_engine_model.make(tmp_path_factory.mktemp("parallel") / "model", "parallel")
-    return exported("parallel", out, byte_tokenizer(), PROMPTS)
-
-
-@pytest.fixture(params=KINDS)
-def trained(request: pytest.FixtureRequest) -> Trained:
-    value = request.getfixturevalue(request.param)
-    assert isinstance(value, Trained)
-    return value
 
 
 BPE_PROMPTS = (
@@ -145,14 +90,6 @@ def complete(server: LlamaCpp, prompts: Sequence[str | Sequence[int]]) -> tuple[
         counts.drafted += answer["timings"].get("draft_n", 0)
         counts.accepted += answer["timings"].get("draft_n_accepted", 0)
     return texts, counts
-
-
-def tokenize(server: LlamaCpp, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-    address = f"{server.server.listening_address}/tokenize"
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        return json.load(answer)["tokens"]  # type: ignore[no-any-return]
 
 
 # llama.cpp.
@@ -329,7 +266,7 @@ def test_sequential_heads_of_other_architectures_are_eagle_3_too(
 
 def test_commands_draft_as_many_tokens_as_the_head_can(sequential: Trained, parallel: Trained) -> None:
     for trained, drafts in ((sequential, 3), (parallel, 1)):
-        commands = serving_commands(trained.checkpoint, trained.drafter)
+        commands = eagle3_commands(trained.checkpoint, trained.drafter)
         assert commands.keys() == {"vllm", "sglang", "tensorrt_llm"}
         assert f'"num_speculative_tokens": {drafts}}}' in commands["vllm"]
         assert f"--speculative-num-steps {drafts} " in commands["sglang"]
@@ -337,7 +274,7 @@ def test_commands_draft_as_many_tokens_as_the_head_can(sequential: Trained, para
         assert f"max_draft_len={drafts}," in commands["tensorrt_llm"]
         assert "eagle3_layers_to_capture={0, 1, 2}" in commands["tensorrt_llm"]
         files = [str(path) for path in trained.files]
-        assert f"-md {files[1]} --spec-draft-n-max {drafts} " in serving_command(trained.checkpoint, files)
+        assert f"-md {files[1]} --spec-draft-n-max {drafts} " in gguf_command(trained.checkpoint, files)
 
 
 # GGUF files.
@@ -395,7 +332,7 @@ def test_one_head_is_one_gguf_file(saved: Callable[..., Path], tmp_path: Path) -
     files = export_gguf(folder, tmp_path / "gguf")
     assert files == [tmp_path / "gguf" / "model.gguf"]
     assert files == list((tmp_path / "gguf").iterdir())
-    assert serving_command(folder, [str(path) for path in files]) == f"llama-server -m {files[0]}"
+    assert gguf_command(folder, [str(path) for path in files]) == f"llama-server -m {files[0]}"
     kinds = {kind for kind, tensor in stored(files[0]).values() if tensor.dim() == 2}
     assert kinds == {"BF16"}
 
@@ -535,12 +472,12 @@ def test_commands_print_one_json_object(command: Command, saved: Callable[..., P
     assert (done.code, done.errors) == (0, "")
     assert json.loads(done.out) == {
         "drafter": str(tmp_path / "a"),
-        "commands": serving_commands(folder, tmp_path / "a"),
+        "commands": eagle3_commands(folder, tmp_path / "a"),
     }
     done = command("gguf", folder, tmp_path / "b", "--dtype", "f16", "--json")
     assert (done.code, done.errors) == (0, "")
     files = [str(tmp_path / "b" / name) for name in ("model.gguf", "eagle3.gguf")]
-    assert json.loads(done.out) == {"files": files, "commands": {"llama_server": serving_command(folder, files)}}
+    assert json.loads(done.out) == {"files": files, "commands": {"llama_server": gguf_command(folder, files)}}
     assert all(Path(file).is_file() for file in files)
 
 
