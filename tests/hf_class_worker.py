@@ -1,6 +1,7 @@
 """Run by test_hf_class.py with transformers and without foretoken: `hf_class_worker.py MODEL REQUEST.json`.
 
-Prints one JSON object: for every number of drafts the ids behind each prompt, and what was drafted and accepted.
+Writes one JSON object to the request's `answer`: for every number of drafts the ids behind each prompt, and what was
+drafted and accepted.
 """
 
 from __future__ import annotations
@@ -65,4 +66,5 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))))
+    asked = json.loads(Path(sys.argv[2]).read_text())
+    Path(asked["answer"]).write_text(json.dumps(main(sys.argv[1], asked)))

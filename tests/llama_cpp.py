@@ -47,11 +47,23 @@ class LlamaCpp:
         answer = self.server.handle_completions(request)
         return json.loads(answer) if isinstance(answer, str) else answer
 
+    def ids(self, prompt: Sequence[int], tokens: int) -> tuple[list[int], int]:
+        """Greedy ids behind a prompt, and how many drafts were accepted on the way."""
+        answer = self.post("completion", {
+            "prompt": list(prompt), "n_predict": tokens, "temperature": 0, "samplers": ["temperature"],
+            "ignore_eos": True, "return_tokens": True, "cache_prompt": False,
+        })  # fmt: skip
+        return answer["tokens"], answer["timings"].get("draft_n_accepted", 0)
 
-def tokenize(server: LlamaCpp, text: str) -> list[int]:
-    """Ids of `text` by llama.cpp, bos in front where it puts it."""
-    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-    address = f"{server.server.listening_address}/tokenize"
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        return json.load(answer)["tokens"]  # type: ignore[no-any-return]
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`, bos in front where llama.cpp puts it."""
+        ids = self.post("tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]
+        assert isinstance(ids, list)
+        return ids
+
+    def post(self, path: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The answer of the server's own routes."""
+        address = f"{self.server.listening_address}/{path}"
+        request = urllib.request.Request(address, json.dumps(values).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]

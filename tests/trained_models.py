@@ -40,10 +40,9 @@ class Trained:
         return engine_oracle.count_drafts(self.checkpoint, self.drafter, self.prompts, coming, TOKENS, drafts)
 
     def counts_of_all_heads(self, drafts: int) -> tuple[Counts, Counts]:
-        if self.kind == "sequential":
-            return self.counts(drafts)
         coming = [output[: TOKENS + drafts] for output in self.outputs]
-        return engine_oracle.count_parallel_drafts(self.checkpoint, self.prompts, coming, TOKENS, drafts)
+        heads = self.checkpoint / "mtp_heads"
+        return engine_oracle.count_drafts(self.checkpoint, heads, self.prompts, coming, TOKENS, drafts)
 
 
 def exported(kind: str, checkpoint: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> Trained:

@@ -32,6 +32,8 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Path:
         raise CheckpointError(f"{folder}: has one head, so there is nothing to draft with; transformers loads it as is")
     require_trained_heads(model, str(folder))
     values = read_json(folder / "config.json")
+    for old in ("rope_theta", "rope_scaling", "torch_dtype") if "rope_parameters" in values else ():
+        values.pop(old, None)  # what transformers 5 replaced, and warns of
     name = f"Foretoken{values['architectures'][0].removesuffix('ForCausalLM')}"
     values |= {
         "architectures": [f"{name}ForCausalLM"],
