@@ -112,11 +112,10 @@ def _sentencepiece(stored: Mapping[str, Any], tokens: list[str], kinds: list[int
         if joined in order and merges[position - 1][0] + merges[position - 1][1] != joined:
             raise CheckpointError(f"{where}: merges that make '{joined}' are not listed together, as by SentencePiece")
         order.setdefault(joined, len(order))
-    listed = set(merges)
-    for token in vocab:
-        for cut in range(1, len(token) if kinds[vocab[token]] == NORMAL and not _BYTE.fullmatch(token) else 0):
-            left, right = token[:cut], token[cut:]
-            if left in vocab and right in vocab and (left, right) not in listed:
+    listed, known = set(merges), set(tokens)
+    for token in tokens:
+        for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token))):
+            if left in known and right in known and (left, right) not in listed:
                 raise CheckpointError(f"{where}: '{left}' and '{right}' do not merge, as they would in llama.cpp")
     if ADDED in kinds:
         raise CheckpointError(f"{where}: '{tokens[kinds.index(ADDED)]}' is an added token that is not special")
