@@ -58,6 +58,7 @@ def main(folder: str, request: dict[str, Any]) -> dict[str, Any]:
             "accepted": sum(a for _, a in steps),
         }
     model.save_pretrained(request["again"])
+    tokenizer.save_pretrained(request["again"])
     return {
         "class": type(model).__name__,
         "text": tokenizer.decode(request["prompts"][0], skip_special_tokens=True),

@@ -39,8 +39,8 @@ TOKENS = 24
     [
         ("llama", {"rope_scaling": SCALED.model_dump(), "head_kind": "sequential"}),
         ("mistral", {"kv_heads": 1, "tie_word_embeddings": True}),
-        ("qwen2", {"head_kind": "sequential", "tie_word_embeddings": True}),
-        ("qwen2", {"n_future": 1}),
+        ("qwen2", {"tie_word_embeddings": True, "n_future": 1}),
+        ("qwen2", {"n_future": 1, "kv_heads": 4}),
         ("qwen3", {"head_kind": "sequential"}),
         ("qwen3", {"n_future": 1, "rope_theta": 1e6}),
     ],
@@ -58,12 +58,17 @@ def test_llama_cpp_writes_what_transformers_writes(architecture: str, fields: di
 
 
 def test_the_drafter_can_be_left_out(tmp_path: Path) -> None:
-    """Parallel heads of a Qwen do not fit llama.cpp's drafter; its next-token path does."""
+    """Where llama.cpp could not draft with it, its next-token path runs."""
     shape = {"layers": 4, "vocab": 260, "dtype": torch.float32}
-    folder = save_checkpoint(tmp_path / "model", tiny_model("qwen3", **shape), byte_tokenizer())
-    with pytest.raises(CheckpointError, match="parallel heads of a qwen3 model"):
-        export_gguf(folder, tmp_path / "gguf")
-    assert [path.name for path in export_gguf(folder, tmp_path / "gguf", drafter=False)] == ["model.gguf"]
+    for architecture, kind, says in (
+        ("qwen3", "parallel", "parallel heads of a qwen3 model"),
+        ("qwen2", "sequential", "gives no drafter the layers of a qwen2 model"),
+    ):
+        model = tiny_model(architecture, head_kind=kind, **shape)
+        folder, out = save_checkpoint(tmp_path / kind, model, byte_tokenizer()), tmp_path / f"{kind}-gguf"
+        with pytest.raises(CheckpointError, match=says):
+            export_gguf(folder, out)
+        assert [path.name for path in export_gguf(folder, out, drafter=False)] == ["model.gguf"]
 
 
 def test_scaled_frequencies_of_a_qwen_are_refused(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_sampling_is_transformers_own_law(parallel: Trained, tmp_path: Path) -> 
     model, _ = load_checkpoint(parallel.checkpoint)
     loaded = load(export_hf(parallel.checkpoint, tmp_path / "hf"))
     prompt = parallel.prompts[1]
-    temperature, top_k, draws = 2.0, 3, 1200
+    temperature, top_k, draws = 2.0, 3, 800
     steps = counted(loaded)
 
     def law(ids: list[int]) -> torch.Tensor:
@@ -218,8 +218,10 @@ def test_limits_of_assisted_generation(trained: Trained, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="batch_size = 1"):
         loaded.generate(ids.repeat(2, 1), eos_token_id=None, **more)
     cache = loaded(ids[:, :-1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="must compute the whole prompt"):
+    with pytest.raises(ValueError, match="must read the whole prompt"):
         loaded.generate(ids, past_key_values=cache, eos_token_id=None, **more)
+    with pytest.raises(ValueError, match="must read the whole prompt"):
+        loaded.generate(inputs_embeds=loaded.get_input_embeddings()(ids), eos_token_id=None, **more)
 
 
 @pytest.mark.usefixtures("registered")

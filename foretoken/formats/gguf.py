@@ -81,6 +81,8 @@ def require_gguf(c: ModelConfig, tokenizer: Tokenizer, dtype: str, drafter: bool
         raise CheckpointError(f"{where}: llama.cpp does not scale the rotary frequencies of a {c.architecture} model")
     if drafter:
         require_drafter(c, where)
+        if c.architecture == "qwen2":  # its process ends at once; --no-drafter writes what runs
+            raise CheckpointError(f"{where}: llama.cpp gives no drafter the layers of a qwen2 model; see --no-drafter")
         if c.num_hidden_layers < 3:
             raise CheckpointError(f"{where}: has {c.num_hidden_layers} layers; llama.cpp gives a drafter three of them")
     if dtype == "q8_0":

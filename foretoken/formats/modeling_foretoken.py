@@ -77,10 +77,6 @@ class HeadsCandidateGenerator(CandidateGenerator):  # type: ignore[misc]
             return input_ids, None
         read, known = self.cache.get_seq_length(), input_ids.shape[1] - 1
         trunk = model_outputs.hidden_states[self.model.config.num_hidden_layers - 1]
-        if trunk.shape[1] < known - read:
-            raise ValueError(
-                "generate(use_mtp=True) must compute the whole prompt: leave out inputs_embeds and past_key_values"
-            )
         trunk = trunk[:, : known - read]  # behind that lie drafts that were refused
         mask = (model_kwargs or {}).get("attention_mask")
         if mask is None:
@@ -159,6 +155,12 @@ class Drafting:
     def _get_candidate_generator(self: Any, generation_config: Any, **kwargs: Any) -> Any:
         if not generation_config.use_mtp:
             return super()._get_candidate_generator(generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        given = kwargs["model_kwargs"]
+        cached = given.get("past_key_values")
+        if given.get("inputs_embeds") is not None or (cached is not None and cached.get_seq_length() > 0):
+            raise ValueError(
+                "generate(use_mtp=True) must read the whole prompt: leave out inputs_embeds and past_key_values"
+            )
         most = self.config.n_future - 1
         drafts = min(generation_config.num_assistant_tokens or most, most)
         return HeadsCandidateGenerator(self, drafts, generation_config.max_length)
