@@ -55,6 +55,12 @@ class LlamaCpp:
         })  # fmt: skip
         return answer["tokens"], answer["timings"].get("draft_n_accepted", 0)
 
+    def logprobs(self, prompt: Sequence[int], tokens: int) -> list[tuple[int, float]]:
+        """Greedy ids behind a prompt and their log-probabilities."""
+        request = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+        answer = self.post("completion", request | {"samplers": ["temperature"]})
+        return [(token["id"], token["logprob"]) for token in answer["completion_probabilities"]]
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`, bos in front where llama.cpp puts it."""
         ids = self.post("tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]

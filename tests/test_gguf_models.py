@@ -57,6 +57,19 @@ def test_llama_cpp_writes_what_transformers_writes(architecture: str, fields: di
         assert LlamaCpp(*files, 2).ids(PROMPT, TOKENS)[0] == wanted
 
 
+@has_llama_cpp
+def test_what_was_loaded_saved_and_exported_has_the_same_logits(trained: Trained, tmp_path: Path) -> None:
+    model, tokenizer = load_checkpoint(trained.checkpoint)
+    folder = save_checkpoint(tmp_path / "once more", model, tokenizer)
+    found = LlamaCpp(export_gguf(folder, tmp_path / "gguf", "f32", drafter=False)[0]).logprobs(trained.prompts[2], 20)
+    ids = [token for token, _ in found]
+    assert ids == trained.outputs[2][:20]
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([trained.prompts[2] + ids]))[0][0])[-21:-1]
+    ours = logits.log_softmax(-1)[range(20), ids]
+    torch.testing.assert_close(torch.tensor([p for _, p in found]), ours, rtol=1e-3, atol=1e-4)
+
+
 def test_the_drafter_can_be_left_out(tmp_path: Path) -> None:
     """Where llama.cpp could not draft with it, its next-token path runs."""
     shape = {"layers": 4, "vocab": 260, "dtype": torch.float32}
