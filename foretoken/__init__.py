@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foretoken.completion import Generation, generate, stream
     from foretoken.config import ModelConfig, Recipe
     from foretoken.errors import CheckpointError, ConfigError, DataError, ForetokenError, TrainingError
+    from foretoken.formats.hf_class import register_transformers
     from foretoken.loss import mtp_loss, oracle_loss, scales, targets, valid_counts
     from foretoken.model import Model
     from foretoken.recipe import load_recipe
@@ -32,11 +33,12 @@ _PUBLIC = {
     "TrainingError": "errors",
     "attach_heads": "attach",
     "generate": "completion",
-    "load": "checkpoint.load_checkpoint",
+    "load": "checkpoint:load_checkpoint",
     "load_recipe": "recipe",
     "mtp_loss": "loss",
     "oracle_loss": "loss",
-    "save": "checkpoint.save_checkpoint",
+    "register_transformers": "formats.hf_class",
+    "save": "checkpoint:save_checkpoint",
     "scales": "loss",
     "stream": "completion",
     "targets": "loss",
@@ -60,6 +62,7 @@ __all__ = [
     "load_recipe",
     "mtp_loss",
     "oracle_loss",
+    "register_transformers",
     "save",
     "scales",
     "stream",
@@ -73,7 +76,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'foretoken' has no attribute '{name}'")
     from importlib import import_module
 
-    module, _, attribute = _PUBLIC[name].partition(".")
+    module, _, attribute = _PUBLIC[name].partition(":")
     return getattr(import_module(f"foretoken.{module}"), attribute or name)
 
 

@@ -134,7 +134,7 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
 
     out = folder.parent / "gguf"
     if not out.exists():
-        export_gguf(folder, out, GGUF_TYPES[dtype])
+        export_gguf(folder, out, GGUF_TYPES[dtype], drafter=False)
     p = xllamacpp.CommonParams()
     longest = max(map(len, work.prompts))
     p.model.path, p.n_ctx, p.n_parallel, p.warmup = str(out / MODEL), longest + work.tokens + 8, 1, True

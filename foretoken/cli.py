@@ -16,6 +16,7 @@ import typer
 
 from foretoken.cli_bench import bench
 from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
+from foretoken.cli_export import export
 from foretoken.cli_generate import generate
 from foretoken.cli_import import importing
 
@@ -178,62 +179,32 @@ def evaluate(
     print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
 
 
-@app.command(epilog="Example: foretoken info runs/demo --json")
-def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """What a checkpoint holds."""
+@app.command(epilog="Example: foretoken info runs/demo --engines")
+def info(
+    checkpoint: Checkpoint,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="What each engine can do with it, and the commands.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds, and which engine runs what of it."""
     from foretoken.checkpoint import describe
     from foretoken.display import Display
+    from foretoken.formats.engines import uses
 
     values = describe(checkpoint)
-    print_json(values) if as_json else Display().table(values)
+    rows = [use.to_json() for use in uses(checkpoint)] if engines else []
+    if as_json:
+        print_json(values | ({"engines": rows} if engines else {}))
+    elif engines:
+        Display().engines(rows)
+    else:
+        Display().table(values)
 
 
-export = typer.Typer(help="Write a checkpoint for other engines.", rich_markup_mode=None)
 app.add_typer(export, name="export")
 app.add_typer(importing, name="import")
 app.add_typer(bench, name="bench")
-
-
-@export.command("eagle3", epilog="Example: foretoken export eagle3 runs/demo runs/demo-eagle3")
-def export_eagle3(
-    checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="A new directory for the drafter.")],
-    as_json: Json = False,
-) -> None:
-    """The drafter as an EAGLE-3 directory with its own unembedding, for SGLang and TensorRT-LLM.
-
-    vLLM drafts with a sequential head's mtp_heads/ as it is.
-    """
-    from foretoken.display import Display
-    from foretoken.formats.eagle3 import export_eagle3 as run
-    from foretoken.formats.eagle3 import serving_commands
-
-    folder = run(checkpoint, out)
-    commands = serving_commands(checkpoint, folder)
-    if as_json:
-        print_json({"drafter": str(folder), "commands": commands})
-    else:
-        Display().result("\n".join([str(folder), *commands.values()]))
-
-
-@export.command("gguf", epilog="Example: foretoken export gguf runs/demo runs/demo-gguf --dtype f16")
-def export_gguf(
-    checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="A new directory for the files.")],
-    dtype: Annotated[str, typer.Option(help="Type of the matrices: f32, f16 or bf16.")] = "bf16",
-    as_json: Json = False,
-) -> None:
-    """Model and drafter for llama.cpp: model.gguf and eagle3.gguf."""
-    from foretoken.display import Display
-    from foretoken.formats.gguf import export_gguf as run
-    from foretoken.formats.gguf import serving_command
-
-    files = [str(path) for path in run(checkpoint, out, dtype)]
-    commands = {"llama_server": serving_command(checkpoint, files)}
-    if as_json:
-        print_json({"files": files, "commands": commands})
-    else:
-        Display().result("\n".join([*files, *commands.values()]))
 
 
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")

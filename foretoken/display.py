@@ -88,6 +88,16 @@ class Display:
             grid.add_row(key.replace("_", " "), Text(shown))
         self.out.print(grid)
 
+    def engines(self, rows: list[dict[str, Any]]) -> None:
+        """What each engine can do with a checkpoint, each with its commands or the reason why it cannot."""
+        for row in rows:
+            drafts = f", {row['drafts']} a step" if row["drafts"] else ""
+            self.out.print(Text(f"{row['engine']}: {row['runs']}{drafts}", "bold" if row["works"] else "dim"))
+            for line in row["commands"] or [f"no: {row['reason']}"]:
+                self.result(f"    {line}")
+            if row["works"]:
+                self.result(f"    # tested by: {row['tested']}")
+
     def evaluation(self, values: dict[str, Any]) -> None:
         """What `evaluate` found, as a table per head."""
         self._end_live()

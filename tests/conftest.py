@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import tiny_engine_model
 import torch
 from hypothesis import settings
 from small_runs import write_corpus
+from trained_models import KINDS, Trained, exported
 
 from foretoken import decode as decoding
 from foretoken.config import ModelConfig
@@ -18,6 +20,7 @@ from foretoken.drafters import Source
 from foretoken.model import Model, Stepper
 from foretoken.request import Request
 from foretoken.sampling import Sampling
+from foretoken.tokenizer import byte_tokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None)
@@ -118,3 +121,25 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small files in `text` and a place for their tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model with a sequential head that engines load."""
+    out = tiny_engine_model.make(tmp_path_factory.mktemp("sequential") / "model", "sequential")
+    return exported("sequential", out, byte_tokenizer(), tiny_engine_model.PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model with parallel heads that engines load."""
+    out = tiny_engine_model.make(tmp_path_factory.mktemp("parallel") / "model", "parallel")
+    return exported("parallel", out, byte_tokenizer(), tiny_engine_model.PROMPTS)
+
+
+@pytest.fixture(params=KINDS)
+def trained(request: pytest.FixtureRequest) -> Trained:
+    """Either of them."""
+    value = request.getfixturevalue(request.param)
+    assert isinstance(value, Trained)
+    return value

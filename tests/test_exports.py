@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
+import re
+import shutil
 import sys
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine_oracle
 import gguf
 import numpy as np
 import pytest
@@ -19,24 +18,28 @@ import tiny_engine_model
 import torch
 from conftest import run, tiny_model
 from engine_oracle import Counts, EagleLayer
-from llama_cpp import LlamaCpp
-from safetensors.torch import load_file
+from llama_cpp import LlamaCpp, has_llama_cpp
+from safetensors.torch import load_file, save_file
 from tiny_engine_model import PROMPTS, TOKENS
+from trained_models import AHEAD, DRAFTS, KINDS, Trained, exported
 
 from foretoken import cli
 from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.config import RopeScaling
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.formats import eagle3 as eagle3_format
-from foretoken.formats.eagle3 import export_eagle3, serving_commands
-from foretoken.formats.gguf import export_gguf, serving_command
+from foretoken.formats import hf_class
+from foretoken.formats.eagle3 import export_eagle3
+from foretoken.formats.engines import eagle3_commands, gguf_command, hf_commands, uses
+from foretoken.formats.gguf import export_gguf
+from foretoken.formats.hf_class import export_hf
+from foretoken.formats.trained import require_trained_heads
+from foretoken.model import Model
 from foretoken.recipe import load_recipe
-from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from foretoken.tokenizer import byte_tokenizer, train_bpe
 from foretoken.train import train
 
-KINDS = ("sequential", "parallel")
-DRAFTS = (1, 2, 3)
-AHEAD = 3  # ids that the oracle knows behind the last one that is asked for
+ENGINES = {"foretoken", "transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm", "mlx_lm"}
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = {
     "attn_norm": "input_layernorm", "attn_norm_2": "hidden_norm", "ffn_norm": "post_attention_layernorm",
@@ -44,57 +47,6 @@ BLOCK = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-has_llama_cpp = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="xllamacpp has no wheel for this machine"
-)
-
-
-@dataclass
-class Trained:
-    """A small trained model, its drafter, and what transformers writes behind the prompts."""
-
-    kind: str
-    checkpoint: Path
-    drafter: Path
-    files: list[Path]
-    tokenizer: Tokenizer
-    prompts: list[list[int]]
-    outputs: list[list[int]]
-
-    @property
-    def texts(self) -> list[str]:
-        return [self.tokenizer.decode(output[:TOKENS]) for output in self.outputs]
-
-    def counts(self, drafts: int) -> tuple[Counts, Counts]:
-        coming = [output[: TOKENS + drafts] for output in self.outputs]
-        return engine_oracle.count_drafts(self.checkpoint, self.drafter, self.prompts, coming, TOKENS, drafts)
-
-
-def exported(kind: str, checkpoint: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> Trained:
-    drafter = export_eagle3(checkpoint, checkpoint.parent / "eagle3")
-    files = export_gguf(checkpoint, checkpoint.parent / "gguf", "f32")
-    prompts = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
-    outputs = engine_oracle.greedy(checkpoint, prompts, TOKENS, AHEAD)
-    return Trained(kind, checkpoint, drafter, files, tokenizer, prompts, outputs)
-
-
-@pytest.fixture(scope="module")
-def sequential(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    out = tiny_engine_model.make(tmp_path_factory.mktemp("sequential") / "model", "sequential")
-    return exported("sequential", out, byte_tokenizer(), PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    out = tiny_engine_model.make(tmp_path_factory.mktemp("parallel") / "model", "parallel")
-    return exported("parallel", out, byte_tokenizer(), PROMPTS)
-
-
-@pytest.fixture(params=KINDS)
-def trained(request: pytest.FixtureRequest) -> Trained:
-    value = request.getfixturevalue(request.param)
-    assert isinstance(value, Trained)
-    return value
 
 
 BPE_PROMPTS = (
@@ -147,14 +99,6 @@ def complete(server: LlamaCpp, prompts: Sequence[str | Sequence[int]]) -> tuple[
     return texts, counts
 
 
-def tokenize(server: LlamaCpp, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-    address = f"{server.server.listening_address}/tokenize"
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        return json.load(answer)["tokens"]  # type: ignore[no-any-return]
-
-
 # llama.cpp.
 
 
@@ -165,7 +109,7 @@ def test_llama_cpp_writes_what_transformers_writes(trained: Trained) -> None:
     assert complete(server, trained.prompts) == (trained.texts, Counts())
     assert complete(server, PROMPTS) == (trained.texts, Counts())
     for text in (*PROMPTS, "é, 你好 👋\t\r\n  x", ""):
-        assert tokenize(server, text) == trained.tokenizer.encode(text, add_special_tokens=True)
+        assert server.tokenize(text) == trained.tokenizer.encode(text, add_special_tokens=True)
 
 
 @has_llama_cpp
@@ -191,7 +135,7 @@ def test_llama_cpp_runs_short_types(trained: Trained, dtype: str, tmp_path: Path
 def test_llama_cpp_reads_a_bpe_and_tied_embeddings(bpe: Trained) -> None:
     server = LlamaCpp(bpe.files[0])
     for text, ids in zip(BPE_PROMPTS, bpe.prompts, strict=True):
-        assert tokenize(server, text) == ids
+        assert server.tokenize(text) == ids
         assert server.complete(text, 1)["usage"]["prompt_tokens"] == len(ids)
     assert sum(map(len, bpe.prompts)) < 0.9 * sum(len(text.encode()) for text in BPE_PROMPTS)  # merges matter
     assert complete(server, BPE_PROMPTS) == (bpe.texts, Counts())
@@ -329,7 +273,7 @@ def test_sequential_heads_of_other_architectures_are_eagle_3_too(
 
 def test_commands_draft_as_many_tokens_as_the_head_can(sequential: Trained, parallel: Trained) -> None:
     for trained, drafts in ((sequential, 3), (parallel, 1)):
-        commands = serving_commands(trained.checkpoint, trained.drafter)
+        commands = eagle3_commands(trained.checkpoint, trained.drafter)
         assert commands.keys() == {"vllm", "sglang", "tensorrt_llm"}
         assert f'"num_speculative_tokens": {drafts}}}' in commands["vllm"]
         assert f"--speculative-num-steps {drafts} " in commands["sglang"]
@@ -337,7 +281,7 @@ def test_commands_draft_as_many_tokens_as_the_head_can(sequential: Trained, para
         assert f"max_draft_len={drafts}," in commands["tensorrt_llm"]
         assert "eagle3_layers_to_capture={0, 1, 2}" in commands["tensorrt_llm"]
         files = [str(path) for path in trained.files]
-        assert f"-md {files[1]} --spec-draft-n-max {drafts} " in serving_command(trained.checkpoint, files)
+        assert f"-md {files[1]} --spec-draft-n-max {drafts} " in gguf_command(trained.checkpoint, files)
 
 
 # GGUF files.
@@ -395,7 +339,7 @@ def test_one_head_is_one_gguf_file(saved: Callable[..., Path], tmp_path: Path) -
     files = export_gguf(folder, tmp_path / "gguf")
     assert files == [tmp_path / "gguf" / "model.gguf"]
     assert files == list((tmp_path / "gguf").iterdir())
-    assert serving_command(folder, [str(path) for path in files]) == f"llama-server -m {files[0]}"
+    assert gguf_command(folder, [str(path) for path in files]) == f"llama-server -m {files[0]}"
     kinds = {kind for kind, tensor in stored(files[0]).values() if tensor.dim() == 2}
     assert kinds == {"BF16"}
 
@@ -421,9 +365,11 @@ EAGLE3_CANNOT: list[tuple[dict[str, Any], str]] = [
     ({"n_future": 1}, "has one head, so there is nothing to draft with"),
 ]
 GGUF_CANNOT: list[tuple[dict[str, Any], str]] = [
-    ({"architecture": "qwen2"}, "a qwen2 model cannot be written yet"),
-    ({"architecture": "qwen3", "head_kind": "sequential"}, "a qwen3 model cannot be written yet"),
-    ({"rope_scaling": SCALED}, "a llama model with scaled rotary frequencies cannot be written yet"),
+    ({"architecture": "qwen2"}, "parallel heads of a qwen2 model"),
+    (
+        {"architecture": "qwen3", "n_future": 1, "rope_scaling": SCALED},
+        "does not scale the rotary frequencies of a qwen3",
+    ),
     ({"layers": 2}, "has 2 layers; llama.cpp gives a drafter three of them"),
 ]
 
@@ -443,7 +389,7 @@ def test_models_that_do_not_fit(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("export", [export_eagle3, export_gguf])
+@pytest.mark.parametrize("export", [export_eagle3, export_gguf, export_hf])
 def test_a_folder_that_exists_is_left_alone(
     export: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -457,7 +403,7 @@ def test_a_folder_that_exists_is_left_alone(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
-@pytest.mark.parametrize("export", [export_eagle3, export_gguf])
+@pytest.mark.parametrize("export", [export_eagle3, export_gguf, export_hf])
 def test_a_full_disk_leaves_nothing(
     export: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +412,7 @@ def test_a_full_disk_leaves_nothing(
 
     folder = saved()
     monkeypatch.setattr(eagle3_format, "write_json", full)
+    monkeypatch.setattr(hf_class, "write_json", full)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left"):
         export(folder, tmp_path / "out")
@@ -474,30 +421,128 @@ def test_a_full_disk_leaves_nothing(
 
 def test_gguf_types_and_the_extra(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved()
-    with pytest.raises(ConfigError, match=r"--dtype q8_0: must be one of f32, f16, bf16"):
-        export_gguf(folder, tmp_path / "out", "q8_0")
+    with pytest.raises(ConfigError, match=r"--dtype q4_0: must be one of f32, f16, bf16, q8_0"):
+        export_gguf(folder, tmp_path / "out", "q4_0")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"pip install 'foretoken\[gguf\]'"):
         export_gguf(folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_gguf_needs_a_splitting_that_llama_cpp_knows(saved: Callable[..., Path], tmp_path: Path) -> None:
-    from tokenizers import pre_tokenizers
+def test_heads_that_nobody_trained_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """As they were initialised, one matrix copied or lost; in every direction, and nothing is written."""
 
-    tokenizer = train_bpe(["def add(x, y): return x + y"] * 9, 300)
-    for splits, says in (
-        (pre_tokenizers.ByteLevel(add_prefix_space=True), "GPT-2's splitting"),
-        (pre_tokenizers.Whitespace(), "GPT-2's splitting"),
-        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), "merges across words"),
-    ):
-        tokenizer.backend.pre_tokenizer = splits
-        folder = tmp_path / says
-        model = tiny_model(vocab=tokenizer.vocab_size, dtype=torch.float32)
-        if not folder.exists():
-            save_checkpoint(folder, model, tokenizer)
-        with pytest.raises(CheckpointError, match=says):
-            export_gguf(folder, tmp_path / "out")
+    def initial(model: Model) -> None:
+        model.init_weights(3)
+
+    def copied(model: Model) -> None:
+        model.heads.start_from_head_1()
+
+    def one_copied(model: Model) -> None:
+        own, first = (model.heads.get_submodule(f"{depth}.mlp.up_proj") for depth in (1, 0))
+        own.load_state_dict(first.state_dict())
+
+    def lost(model: Model) -> None:
+        model.heads.get_submodule("1.self_attn.o_proj").get_parameter("weight").data.zero_()
+
+    def broken(model: Model) -> None:
+        model.heads.get_submodule("1.mlp.gate_proj").get_parameter("weight").data[0, 0] = float("nan")
+
+    for kind in KINDS:
+        folder = saved(head_kind=kind)
+        require_trained_heads(load_checkpoint(folder)[0], "here")
+        for change, says in (
+            (initial, "all its tensors are as they were initialised"),
+            (copied, "equals head 1's"),
+            (one_copied, "mlp.up_proj.weight equals head 1's"),
+            (lost, "self_attn.o_proj.weight is all zero"),
+            (broken, "mlp.gate_proj.weight holds values that are no numbers"),
+        ):
+            model, tokenizer = load_checkpoint(folder)
+            change(model)
+            bad = save_checkpoint(tmp_path / f"{kind}-{change.__name__}", model, tokenizer)
+            for export in (export_eagle3, export_gguf, export_hf):
+                with pytest.raises(CheckpointError, match=says):
+                    export(bad, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            assert export_gguf(bad, tmp_path / f"{bad.name}-plain", drafter=False)
+        shutil.rmtree(folder)
+
+
+def test_a_head_tensor_that_is_missing_or_extra_is_an_error(saved: Callable[..., Path], tmp_path: Path) -> None:
+    for kind in KINDS:
+        folder = saved(head_kind=kind)
+        (folder / "foretoken.json").unlink()  # which would say first that the file was changed
+        weights = folder / "mtp_heads" / "model.safetensors"
+        tensors = load_file(weights)
+        name = next(name for name in tensors if "up_proj" in name)
+        for changed, says in (
+            ({key: t for key, t in tensors.items() if key != name}, f"'{name}' is missing"),
+            (tensors | {"extra.weight": torch.ones(3)}, "'extra.weight' is not one of this model's"),
+        ):
+            save_file(changed, weights)
+            for export in (export_eagle3, export_gguf, export_hf):
+                with pytest.raises(CheckpointError, match=says):
+                    export(folder, tmp_path / "out")
+        shutil.rmtree(folder)
+
+
+# What an engine can do with a checkpoint.
+
+
+def test_engines_of_both_kinds(sequential: Trained, parallel: Trained, tmp_path: Path) -> None:
+    """Every command names what exists or what the command before it writes."""
+    for trained, stock in ((sequential, 3), (parallel, 1)):
+        found = {(use.engine, use.runs): use for use in uses(trained.checkpoint)}
+        assert all(not use.reason and use.commands for use in found.values())
+        assert {engine for engine, _ in found} == ENGINES
+        every = "sequential head" if trained.kind == "sequential" else "heads 2..4"
+        part = every if trained.kind == "sequential" else "head 2"
+        assert found["transformers", every].drafts == found["vllm", every].drafts == 3
+        assert {found[engine, part].drafts for engine in ("llama_cpp", "sglang", "tensorrt_llm")} == {stock}
+        vllm = found["vllm", every].commands
+        assert vllm[-1] == (
+            f'vllm serve {trained.checkpoint} --speculative-config \'{{"method": "eagle3", '
+            f'"model": "{trained.checkpoint}/mtp_heads", "num_speculative_tokens": 3}}\''
+        )
+        assert len(vllm) == (1 if trained.kind == "sequential" else 2)
+        for number, use in enumerate(found.values()):
+            export = use.commands[0].split()
+            if export[:2] == ["foretoken", "export"]:
+                out = tmp_path / f"{trained.kind}{number}"
+                assert export[4] in use.commands[1]
+                call([*export[1:4], str(out), *export[5:]])
+                assert any(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "impossible"),
+    [
+        ({"n_future": 1, "layers": 1}, set()),
+        ({"layers": 3}, {("vllm", "head 2"), ("sglang", "head 2"), ("tensorrt_llm", "head 2")}),
+        ({"layers": 2}, {(engine, "head 2") for engine in ("vllm", "sglang", "tensorrt_llm", "llama_cpp")}),
+        ({"architecture": "qwen3"}, {(engine, "head 2") for engine in ("vllm", "sglang", "tensorrt_llm", "llama_cpp")}),
+        ({"architecture": "qwen3", "head_kind": "sequential"}, set()),
+        ({"head_kind": "sequential", "layers": 3}, {(e, "sequential head") for e in ("sglang", "tensorrt_llm")}),
+        (
+            {"architecture": "qwen2", "n_future": 1, "rope_scaling": SCALED},
+            {("llama_cpp", "next-token path")},
+        ),
+    ],
+)
+def test_engines_say_why_they_cannot(
+    fields: dict[str, Any], impossible: set[tuple[str, str]], saved: Callable[..., Path]
+) -> None:
+    """What is said to be impossible is what the exports refuse, in the same words."""
+    folder = saved(**fields)
+    found = uses(folder)
+    assert {(use.engine, use.runs) for use in found if use.reason} == impossible
+    for use in found:
+        assert bool(use.reason) != bool(use.commands)
+        if use.reason:
+            with pytest.raises(CheckpointError, match=re.escape(use.reason)):
+                (export_gguf if use.engine == "llama_cpp" else export_eagle3)(folder, folder.parent / "out")
+    assert ("mtp_heads" in json.dumps([use.to_json() for use in found])) == (fields.get("n_future", 4) > 1)
 
 
 # The commands.
@@ -511,6 +556,18 @@ class Done:
 
 
 Command = Callable[..., Done]
+
+
+def call(words: Sequence[str]) -> None:
+    """Run `foretoken` with these words."""
+    before = sys.argv
+    sys.argv = ["foretoken", *words]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    assert ended.value.code == 0
 
 
 @pytest.fixture
@@ -535,13 +592,18 @@ def test_commands_print_one_json_object(command: Command, saved: Callable[..., P
     assert (done.code, done.errors) == (0, "")
     assert json.loads(done.out) == {
         "drafter": str(tmp_path / "a"),
-        "commands": serving_commands(folder, tmp_path / "a"),
+        "commands": eagle3_commands(folder, tmp_path / "a"),
     }
     done = command("gguf", folder, tmp_path / "b", "--dtype", "f16", "--json")
     assert (done.code, done.errors) == (0, "")
     files = [str(tmp_path / "b" / name) for name in ("model.gguf", "eagle3.gguf")]
-    assert json.loads(done.out) == {"files": files, "commands": {"llama_server": serving_command(folder, files)}}
+    assert json.loads(done.out) == {"files": files, "commands": {"llama_server": gguf_command(folder, files)}}
     assert all(Path(file).is_file() for file in files)
+    done = command("gguf", folder, tmp_path / "plain", "--no-drafter", "--json")
+    assert json.loads(done.out)["files"] == [str(tmp_path / "plain" / "model.gguf")]
+    done = command("hf", folder, tmp_path / "c", "--json")
+    assert (done.code, done.errors) == (0, "")
+    assert json.loads(done.out) == {"model": str(tmp_path / "c"), "commands": hf_commands(tmp_path / "c")}
 
 
 def test_commands_print_how_to_serve(command: Command, saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -554,7 +616,24 @@ def test_commands_print_how_to_serve(command: Command, saved: Callable[..., Path
     assert "llama-server" in done.out
 
 
-@pytest.mark.parametrize("name", ["eagle3", "gguf"])
+def test_info_prints_what_engines_can_do(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(layers=3)
+    call(["info", str(folder), "--engines", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["engines"] == [use.to_json() for use in uses(folder)]
+    assert values["n_future"] == 4
+    call(["info", str(folder), "--engines"])
+    shown = capsys.readouterr().out
+    for use in uses(folder):
+        assert all(command in shown for command in use.commands)
+        assert use.reason in shown
+    call(["info", str(folder), "--json"])
+    assert "engines" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "gguf", "hf"])
 def test_help_has_an_example(command: Command, name: str) -> None:
     done = command(name, "--help")
     assert done.code == 0
@@ -572,7 +651,8 @@ def test_mistakes_are_one_line(command: Command, saved: Callable[..., Path], tmp
         (["eagle3", folder, out, "--dtype", "f16"], "--dtype"),
         (["gguf", folder, out], "has 2 layers"),
         (["gguf", tmp_path / "none", out], "none"),
-        (["gguf", folder, out, "--dtype", "q4"], "--dtype q4: must be one of f32, f16, bf16"),
+        (["hf", tmp_path / "none", out], "none"),
+        (["gguf", folder, out, "--dtype", "q4"], "--dtype q4: must be one of f32, f16, bf16, q8_0"),
     ):
         done = command(*words)
         assert (done.code, done.out) == (2, "")

@@ -54,12 +54,17 @@ ORDER = [
     "checkpoint",
     "retrofit",
     "attach",
+    "formats.trained",
     "formats.eagle3",
+    "formats.gguf_tokenizer",
     "formats.gguf",
     "formats.importing",
     "formats.sentencepiece",
     "formats.meta",
     "formats.fast_llm",
+    "formats.modeling_foretoken",
+    "formats.hf_class",
+    "formats.engines",
     "request",
     "draft",
     "drafters",
@@ -83,6 +88,7 @@ ORDER = [
     "lab.retrofit",
     "cli_common",
     "cli_bench",
+    "cli_export",
     "cli_generate",
     "cli_import",
     "cli",
@@ -160,7 +166,7 @@ def test_type_checkers_see_the_same_names() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("foretoken."):
             for alias in node.names:
                 where = (node.module or "").removeprefix("foretoken.")
-                seen[alias.asname or alias.name] = f"{where}.{alias.name}" if alias.asname else where
+                seen[alias.asname or alias.name] = f"{where}:{alias.name}" if alias.asname else where
     assert seen == foretoken._PUBLIC
 
 

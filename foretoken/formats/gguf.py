@@ -1,12 +1,12 @@
-"""GGUF files for llama.cpp: the next-token path as a Llama, and beside it an EAGLE-3 drafter.
+"""GGUF files for llama.cpp: the next-token path as its architecture, and beside it an EAGLE-3 drafter.
 
-The drafter is the sequential head, or head 2 of parallel heads (see `eagle3`). llama.cpp rotates pairs of neighbouring
-components where Hugging Face's layout rotates halves, so the rows of queries and keys change places.
+The drafter is the sequential head, or head 2 of parallel heads (see `eagle3`). In a Llama, and in any drafter,
+llama.cpp rotates pairs of neighbouring components where Hugging Face's layout rotates halves, so the rows of queries
+and keys change places.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,31 @@ from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import new_directory
 from foretoken.formats import hf
-from foretoken.formats.eagle3 import drafter_tensors, drafts_to_make
+from foretoken.formats.eagle3 import drafter_tensors, require_drafter
+from foretoken.formats.gguf_tokenizer import tokenizer_keys
+from foretoken.layers import Rotary
 from foretoken.tokenizer import Tokenizer
 
 MODEL, DRAFTER = "model.gguf", "eagle3.gguf"
-DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+Q8_BLOCK = 32  # weights that share a scale
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _BLOCK = {
     "input_layernorm": "attn_norm", "hidden_norm": "attn_norm_2", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "norm": "output_norm", "lm_head": "output",
         "fc": "fc"}  # fmt: skip
 
 
-def export_gguf(checkpoint: str | Path, out: str | Path, dtype: str = "bf16") -> list[Path]:
+def export_gguf(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", drafter: bool = True) -> list[Path]:
     """Write model.gguf, and eagle3.gguf where there are heads to draft with, into the new directory `out`.
 
-    dtype: f32, f16 or bf16, of the matrices; norms stay float32. Returns the files. Raises ConfigError for another type
-    or without the extra, CheckpointError for what llama.cpp's Llama does not compute.
+    dtype: f32, f16, bf16 or q8_0, of the matrices; norms and biases stay float32. drafter: False leaves the heads out.
+    Returns the files. Raises ConfigError for another type or without the extra, CheckpointError for what llama.cpp does
+    not compute and for heads that were never trained.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
@@ -49,24 +54,55 @@ def export_gguf(checkpoint: str | Path, out: str | Path, dtype: str = "bf16") ->
     folder = find_checkpoint(checkpoint)
     model, tokenizer = load_checkpoint(folder)
     c = model.config
-    if c.architecture not in ("llama", "mistral") or c.rope_scaling is not None:
-        what = f"a {c.architecture} model" + (" with scaled rotary frequencies" if c.rope_scaling else "")
-        raise CheckpointError(f"{folder}: {what} cannot be written yet; a llama or mistral with plain ones can")
-    if c.n_future > 1 and c.num_hidden_layers < 3:
-        raise CheckpointError(f"{folder}: has {c.num_hidden_layers} layers; llama.cpp gives a drafter three of them")
-    words = _tokenizer_keys(tokenizer, c.vocab_size, str(folder))
+    drafter = drafter and c.n_future > 1
+    words = require_gguf(c, tokenizer, dtype, drafter, str(folder))
+    factors = _rotary_factors(c)
+    heads = drafter_tensors(model, str(folder)) if drafter else {}
     with new_directory(out) as staging:
         main = {new: p.detach() for name, p in model.named_parameters() if (new := hf.main_name(name, c))}
-        _write(staging / MODEL, "llama", _shape_keys(c, c.num_hidden_layers) | words, main, c, dtype)
-        if c.n_future > 1:
+        arch = _ARCHITECTURES[c.architecture]
+        tensors = dict(_renamed(main, c, pairs=arch == "llama")) | factors
+        _write(staging / MODEL, arch, _shape_keys(c, c.num_hidden_layers) | words, tensors, dtype)
+        if drafter:
             keys = _shape_keys(c, 1) | {
                 "target_layers": [c.num_hidden_layers - back for back in (3, 2, 1)],
                 "target_hidden_size": c.hidden_size,
                 "norm_before_residual": False,
                 "norm_before_fc": False,
             }
-            _write(staging / DRAFTER, "eagle3", keys | words, drafter_tensors(model, str(folder)), c, dtype)
+            tensors = dict(_renamed(heads, c, pairs=True)) | factors
+            _write(staging / DRAFTER, "eagle3", keys | words, tensors, dtype)
     return [Path(out) / name for name in (MODEL, DRAFTER) if (Path(out) / name).exists()]
+
+
+def require_gguf(c: ModelConfig, tokenizer: Tokenizer, dtype: str, drafter: bool, where: str) -> dict[str, Any]:
+    """The keys of the tokenizer; raises CheckpointError, naming `where`, for what llama.cpp has no place for."""
+    if c.rope_scaling is not None and _ARCHITECTURES[c.architecture] != "llama":
+        raise CheckpointError(f"{where}: llama.cpp does not scale the rotary frequencies of a {c.architecture} model")
+    if drafter:
+        require_drafter(c, where)
+        if c.architecture == "qwen2":  # its process ends at once; --no-drafter writes what runs
+            raise CheckpointError(f"{where}: llama.cpp gives no drafter the layers of a qwen2 model; see --no-drafter")
+        if c.num_hidden_layers < 3:
+            raise CheckpointError(f"{where}: has {c.num_hidden_layers} layers; llama.cpp gives a drafter three of them")
+    if dtype == "q8_0":
+        widths = {
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_attention_heads x head_dim": c.num_attention_heads * c.head_dim,
+        }
+        for name, width in widths.items():
+            if width % Q8_BLOCK:
+                raise CheckpointError(f"{where}: {name} = {width}; q8_0 needs a multiple of {Q8_BLOCK}")
+    return tokenizer_keys(tokenizer, c.vocab_size, where)
+
+
+def _rotary_factors(c: ModelConfig) -> dict[str, Tensor]:
+    """What llama.cpp divides each rotary frequency by, where they are scaled."""
+    if c.rope_scaling is None:
+        return {}
+    plain = Rotary(c.model_copy(update={"rope_scaling": None})).inv_freq
+    return {"rope_freqs.weight": plain / Rotary(c).inv_freq}
 
 
 def _shape_keys(c: ModelConfig, layers: int) -> dict[str, Any]:
@@ -87,36 +123,7 @@ def _shape_keys(c: ModelConfig, layers: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[str, Any]:
-    """Keys `tokenizer.ggml.*` of a byte-level BPE whose splitting llama.cpp has a name for."""
-    stored = json.loads(tokenizer.backend.to_str())
-    model, splits = stored["model"], stored.get("pre_tokenizer") or {}
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges") or []]
-    if model.get("type") != "BPE" or splits.get("type") != "ByteLevel" or splits.get("add_prefix_space"):
-        raise CheckpointError(f"{where}: only byte-level BPE tokenizers with GPT-2's splitting can be written to GGUF")
-    if merges and not splits.get("use_regex", True):
-        raise CheckpointError(f"{where}: this tokenizer merges across words, which llama.cpp's do not")
-    added = {token["id"]: token for token in stored.get("added_tokens") or []}
-    names = {token_id: name for name, token_id in model["vocab"].items()}
-    names |= {token_id: token["content"] for token_id, token in added.items()}
-    tokens = [names.get(i, f"<|unused{i}|>") for i in range(vocab_size)]
-    control = {i for i in range(vocab_size) if i not in names or added.get(i, {}).get("special")}
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2" if merges else "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if i in control else 4 if i in added else 1 for i in range(vocab_size)],
-        # llama.cpp does not load a list without merges; this pair never meets
-        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],
-        "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
-    }
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    return keys | {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
-
-
-def _write(
-    path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, Tensor], c: ModelConfig, dtype: str
-) -> None:
+def _write(path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
@@ -132,7 +139,7 @@ def _write(
             writer.add_array(name, value)
         else:
             writer.add_string(name, value)
-    for name, tensor in _renamed(tensors, c):
+    for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[DTYPES[dtype] if tensor.dim() == 2 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -142,24 +149,15 @@ def _write(
 
 
 @torch.no_grad()
-def _renamed(tensors: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """llama.cpp's names of Hugging Face's, with queries and keys in its rotary layout."""
+def _renamed(tensors: Mapping[str, Tensor], c: ModelConfig, pairs: bool) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's names of Hugging Face's. pairs: with queries and keys for a rotation of neighbours."""
     for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
+        stem, _, what = name.rpartition(".")  # what: weight or bias
         if stem in _TOP:
-            yield f"{_TOP[stem]}.weight", tensor.contiguous()
+            yield f"{_TOP[stem]}.{what}", tensor.contiguous()
             continue
         layer, _, rest = stem.replace("midlayer.", "0.").removeprefix("model.layers.").partition(".")
         heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}.get(rest)
-        if heads is not None:  # halves -> pairs
+        if pairs and heads is not None:  # halves -> pairs
             tensor = tensor.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-        yield f"blk.{layer}.{_BLOCK[rest]}.weight", tensor.contiguous()
-
-
-def serving_command(checkpoint: str | Path, files: list[str]) -> str:
-    """How llama.cpp's server is started on the files that `export_gguf` wrote."""
-    command = f"llama-server -m {files[0]}"
-    if len(files) == 1:
-        return command
-    drafts = drafts_to_make(checkpoint)
-    return f"{command} --spec-type draft-eagle3 -md {files[1]} --spec-draft-n-max {drafts} --spec-draft-p-min 0"
+        yield f"blk.{layer}.{_BLOCK[rest]}.{what}", tensor.contiguous()

@@ -129,13 +129,18 @@ def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def aux_outputs(config: ModelConfig) -> list[int]:
+    """The three layers, counted from 0, whose outputs an EAGLE-3 drafter is given: the last is the trunk's output."""
+    return [config.num_hidden_layers - back for back in (4, 3, 2)]
+
+
 def eagle3_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
     """config.json of a one-layer EAGLE-3 drafter that reads the trunk's output, beside a model with config `main`.
 
     Layer ids at top level count layers that have run (vLLM; llama.cpp: the layer whose input it is); those under
     `eagle_config` name the layer whose output it is (SGLang, TensorRT-LLM). The last is the trunk's output.
     """
-    ids = [config.num_hidden_layers - back for back in (3, 2, 1)]
+    outputs = aux_outputs(config)
     return main | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -144,8 +149,8 @@ def eagle3_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "draft_vocab_size": config.vocab_size,
-        "eagle_aux_hidden_state_layer_ids": ids,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in ids], "use_aux_hidden_state": True},
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": outputs, "use_aux_hidden_state": True},
     }
 
 
