@@ -151,6 +151,7 @@ def evaluate(
     text_field: Annotated[str | None, typer.Option(help="Field of a record's text. Default: text.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="Field of a prompt, which is not scored.")] = None,
     response_field: Annotated[str | None, typer.Option(help="Field of the response to that prompt.")] = None,
+    messages_field: Annotated[str | None, typer.Option(help="Field of a chat: the assistant is scored.")] = None,
     domain_field: Annotated[str | None, typer.Option(help="Field that names a record's domain.")] = None,
     split_field: Annotated[str | None, typer.Option(help="Field that says which split a record is of.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after this many bytes of text.")] = None,
@@ -169,7 +170,7 @@ def evaluate(
 
     fields = {
         "text_field": text_field, "prompt_field": prompt_field, "response_field": response_field,
-        "domain_field": domain_field, "split_field": split_field,
+        "messages_field": messages_field, "domain_field": domain_field, "split_field": split_field,
     }  # fmt: skip
     given = {name: value for name, value in fields.items() if value is not None}
     documents = evaluation_documents(checkpoint, tuple(data or ()), split, given)

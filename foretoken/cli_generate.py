@@ -50,6 +50,7 @@ Lookup = Annotated[
     int, typer.Option(help="Draft what followed the last so many tokens before, not with heads; 0 is off.")
 ]
 DraftModel = Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Answer: the prompt is a user's message, for the chat template.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")]
 
 
@@ -78,6 +79,7 @@ def generate(
     lookup: Lookup = 0,
     draft_model: DraftModel = "",
     ignore_eos: IgnoreEos = False,
+    chat: Chat = False,
     dtype: Dtype = "",
     device: Device = "auto",
     as_json: Json = False,
@@ -94,16 +96,16 @@ def generate(
         "accept": cast(Any, accept), "seed": seed, "stop": stop or (), "min_tokens": min_tokens,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias or ()),
-        "drafts": drafts, "nodes": nodes, "lookup": lookup, "ignore_eos": ignore_eos,
+        "drafts": drafts, "nodes": nodes, "lookup": lookup, "ignore_eos": ignore_eos, "chat": chat,
     }  # fmt: skip
     options.update(_grammar(json_schema, regex, lark))
     if draft_model:
         options["draft_model"], _ = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
-    final = None
+    final, shown = None, "" if chat else text  # an answer stands alone
     for piece, final in stream(model, tokenizer, text, **options):  # noqa: B007 - the last one is used below
         if not as_json:
-            write(text + piece)  # the prompt too only now, when the options have been found right
-            text = ""
+            write(shown + piece)  # the prompt too only now, when the options have been found right
+            shown = ""
     assert final is not None
     if as_json:
         print_json(final.to_json())

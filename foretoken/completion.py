@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
+from foretoken.chat import chat_template
 from foretoken.decode import check_nodes, check_requests, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     lookup: int  # 0: off; else drafts are what followed the last so many tokens where they stood before
     draft_model: Model  # drafts are another model's, with the same tokens
     ignore_eos: bool  # False
+    chat: bool  # False; the prompt is a user's message, which the tokenizer's chat template puts before the assistant's
     batch_size: int  # 16 prompts at a time
 
 
@@ -201,13 +203,14 @@ def begin(
         raise ConfigError(f"seed = {seed} does not fit 64 bits")
     if not all(stops):
         raise ConfigError("a stop string must not be empty")
-    ends = frozenset() if options.get("ignore_eos") or tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    chat = chat_template(tokenizer) if options.get("chat") else None
+    ends = [] if options.get("ignore_eos") else [tokenizer.eos_id, chat.end_id if chat else None]
     requests = [
         TextRequest(
-            tokenizer.encode(prompt, add_special_tokens=True),
+            chat.prompt(prompt) if chat else tokenizer.encode(prompt, add_special_tokens=True),
             max_tokens,
             seed + index,
-            ends,
+            frozenset(i for i in ends if i is not None),
             decoder=tokenizer.stream(),
             stop=stops,
         )

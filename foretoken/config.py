@@ -39,8 +39,11 @@ class DataConfig(Section):
     A source is a file, a folder, a glob, `stdlib` (the Python standard library of this interpreter) or `hf:NAME`
     (a Hugging Face data set). A text file is one document, a record of .jsonl, .jsonl.gz or .parquet is one.
 
+    messages_field: of records that are conversations, a list of messages with role and content, which the tokenizer's
+    chat template renders; what the assistant says is learned.
+
     Held out for validation is, in this order: what `split_field` does not call train, the sources in `validation`, or
-    `validation_fraction` of the documents by a hash of their text (of fewer than 20 documents, the end of each).
+    `validation_fraction` of the documents by a hash of their text (of fewer than 20 texts, the end of each).
     """
 
     source: tuple[str, ...] = ("stdlib",)
@@ -50,6 +53,7 @@ class DataConfig(Section):
     text_field: str = "text"
     prompt_field: str | None = None
     response_field: str | None = None
+    messages_field: str | None = None
     domain_field: str | None = None
     errors: Literal["strict", "replace"] = "strict"
     cache_dir: str | None = None
@@ -58,6 +62,8 @@ class DataConfig(Section):
     def _prompt_with_response(self) -> DataConfig:
         if (self.prompt_field is None) != (self.response_field is None):
             raise ValueError("prompt_field and response_field go together")
+        if self.messages_field is not None and self.prompt_field is not None:
+            raise ValueError("messages_field and prompt_field both say what a record holds; give one of them")
         if self.split_field and self.validation:
             raise ValueError("split_field and validation both say what is held out; give one of them")
         return self

@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from foretoken.chat import chat_template
 from foretoken.config import DataConfig
 from foretoken.errors import ConfigError, DataError
+from foretoken.framing import framed
 from foretoken.sources import Document, Split, documents, source_files, split_documents
-from foretoken.tokenizer import Tokenizer, utf8
+from foretoken.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Document", "Split", "Tokens", "Windows", "documents", "prepare", "split_documents"]
 
@@ -41,8 +43,8 @@ _ROW = 5  # numbers per document, see Tokens.rows
 class Tokens:
     """The documents of a split as one long row of tokens, memory-mapped, in the order of the sources.
 
-    A document is bos (where the tokenizer's post-processor adds one), its prompt, its text, eos (where there is one).
-    `fingerprint` is the SHA-256 of the tokens and bounds, whatever machine they were prepared on.
+    A document is bos (where the tokenizer's post-processor adds one), its prompt, its text, eos (where there is one); a
+    conversation is as the chat template has it. `fingerprint` is the SHA-256 of tokens and bounds, on every machine.
     """
 
     total: int
@@ -53,6 +55,8 @@ class Tokens:
     rows: NDArray[np.int64]
     shards: tuple[NDArray[Any], ...]
     shard_tokens: int
+    # Starts and ends, in order, of further tokens that are no targets: what others say between an assistant's turns.
+    gaps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start..stop-1, int64."""
@@ -74,18 +78,22 @@ class Tokens:
     def label_mask(self, i: int) -> NDArray[np.bool_]:
         """For each token of document i, whether it may be a target: false for a prompt and the bos before it."""
         start, stop, masked = self.rows[i, :3]
-        mask: NDArray[np.bool_] = np.arange(stop - start) >= masked
-        return mask
+        places = np.arange(start, stop)
+        return (places >= start + masked) & ~self.in_gap(places)  # type: ignore[no-any-return]
+
+    def in_gap(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the tokens at `positions` lie in one of the gaps."""
+        return np.searchsorted(self.gaps, positions, side="right") % 2 == 1  # type: ignore[no-any-return]
 
     def text_bytes(self, i: int) -> int:
-        """UTF-8 bytes of document i's text, its prompt left out: what bits per byte divide by."""
+        """UTF-8 bytes of document i's text, without its prompt and what others say: what bits per byte divide by."""
         return int(self.rows[i, 3])
 
     @property
     def tokens_per_byte(self) -> float:
         """Tokens that are targets / UTF-8 bytes of text: turns a mean loss per token into one per byte."""
-        bounds = self.rows[:, 1] - self.rows[:, 0] - self.rows[:, 2]
-        return float(bounds.sum() / max(1, self.rows[:, 3].sum()))
+        first, stop, masked, text_bytes = self.rows[:, :4].sum(0)
+        return float((stop - first - masked - np.diff(self.gaps)[::2].sum()) / max(1, text_bytes))
 
     def domain(self, i: int) -> str | None:
         """The domain of document i, if its record named one."""
@@ -101,6 +109,8 @@ def prepare(
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
     A folder that is not as its meta.json says is made anew. Raises DataError for an empty split.
     """
+    if config.messages_field is not None:
+        chat_template(tokenizer)  # fails at once
     root = _cache_root(config)
     folder = root / _cache_key(config, tokenizer)
     tokens = _open(folder, split)
@@ -128,7 +138,8 @@ def _cache_root(config: DataConfig) -> Path:
 
 
 def _cache_key(config: DataConfig, tokenizer: Tokenizer) -> str:
-    values = [_FORMAT, SHARD_TOKENS, tokenizer.fingerprint, config.model_dump_json(exclude={"cache_dir"})]
+    chat = tokenizer.chat_template if config.messages_field else None
+    values = [_FORMAT, SHARD_TOKENS, tokenizer.fingerprint, chat, config.model_dump_json(exclude={"cache_dir"})]
     digest = hashlib.sha256(json.dumps(values).encode())
     for source in config.source + config.validation:
         for path in [] if source.startswith("hf:") else source_files(source):
@@ -161,9 +172,10 @@ def _open(folder: Path, split: Split) -> Tokens | None:
         lengths = [min(per_shard, total - start) for start in range(0, total, per_shard)]
         shards = [_map(_shard(folder, split, i), values["dtype"], n) for i, n in enumerate(lengths)]
         rows = _map(folder / f"{split}-documents.bin", "<i8", count * _ROW).reshape(count, _ROW)
+        gaps = _map(folder / f"{split}-gaps.bin", "<i8", values["gaps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Tokens(total, count, values["fingerprint"], tuple(values["domains"]), rows, tuple(shards), per_shard)
+    return Tokens(total, count, values["fingerprint"], tuple(values["domains"]), rows, tuple(shards), per_shard, gaps)
 
 
 def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
@@ -183,6 +195,7 @@ class _Written:
     dtype: str
     total: int = 0
     documents: int = 0
+    gaps: int = 0
     domains: dict[str | None, int] = field(default_factory=lambda: {None: -1})
     digest: Any = field(default_factory=hashlib.sha256)
 
@@ -192,6 +205,7 @@ def _write(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Cal
     splits: dict[Split, _Written] = {"train": _Written(dtype), "validation": _Written(dtype)}
     for name in splits:
         (folder / f"{name}-documents.bin").touch()
+        (folder / f"{name}-gaps.bin").touch()
     for chunk in _chunks(split_documents(config)):
         for split, written in splits.items():
             _append(folder, split, written, tokenizer, [document for document, its in chunk if its == split])
@@ -201,6 +215,7 @@ def _write(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Cal
         split: {
             "total": written.total,
             "documents": written.documents,
+            "gaps": written.gaps,
             "domains": list(written.domains)[1:],
             "fingerprint": written.digest.hexdigest(),
             "dtype": dtype,
@@ -224,38 +239,30 @@ def _chunks(pairs: Iterable[tuple[Document, Split]]) -> Iterator[list[tuple[Docu
 
 
 def _append(folder: Path, split: Split, written: _Written, tokenizer: Tokenizer, chunk: list[Document]) -> None:
-    """Add documents to a split's files: each bos + prompt + text + eos, and a row of Tokens.rows."""
+    """Add documents to a split's files: their tokens, a row of Tokens.rows each, and the gaps in what is learned."""
     if not chunk:
         return
-    bos = np.array([tokenizer.bos_id] if tokenizer.adds_bos else [], written.dtype)
-    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], written.dtype)
-    texts = _ids(tokenizer, [document.text for document in chunk], written.dtype)
-    prompts = _ids(tokenizer, [document.prompt for document in chunk], written.dtype)
-    pieces, rows, end = [], [], written.total
-    for document, prompt, text in zip(chunk, prompts, texts, strict=True):
-        pieces += [bos, prompt, text, eos]
-        start, end = end, end + len(bos) + len(prompt) + len(text) + len(eos)
-        masked = len(bos) + len(prompt) if document.prompt else 0
+    pieces, rows, gaps, end = [], list[int](), list[int](), written.total
+    for document, its in zip(chunk, framed(tokenizer, chunk, written.dtype), strict=True):
+        pieces.append(its.ids)
+        start, end = end, end + len(its.ids)
         domain = written.domains.setdefault(document.domain, len(written.domains) - 1)
-        rows += [start, end, masked, len(utf8(document.text)), domain]
-    tokens, table = np.concatenate(pieces), np.array(rows, "<i8")
+        rows += [start, end, its.masked, its.text_bytes, domain]
+        gaps += [start + bound for bound in its.gaps]
+    tokens = np.concatenate(pieces)
     written.documents += len(chunk)
+    written.gaps += len(gaps)
     written.digest.update(tokens)
-    written.digest.update(table)
-    with (folder / f"{split}-documents.bin").open("ab") as file:
-        file.write(table.tobytes())
+    for name, part in (("documents", np.array(rows, "<i8")), ("gaps", np.array(gaps, "<i8"))):
+        written.digest.update(part)
+        with (folder / f"{split}-{name}.bin").open("ab") as file:
+            file.write(part.tobytes())
     while len(tokens):
         index, used = divmod(written.total, SHARD_TOKENS)
         part, tokens = np.split(tokens, [SHARD_TOKENS - used])
         with _shard(folder, split, index).open("ab") as file:
             file.write(part.tobytes())
         written.total += len(part)
-
-
-def _ids(tokenizer: Tokenizer, texts: list[str], dtype: str) -> list[NDArray[Any]]:
-    if tokenizer.kind == "bytes":  # as encode_batch, without a Python integer per byte
-        return [np.frombuffer(utf8(text), np.uint8).astype(dtype) for text in texts]
-    return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,15 +328,15 @@ class Windows:
 
     def _read(self, epoch: int, windows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         order = self._epoch(epoch)
-        starts = order.windows[windows][:, None] * self.seq_len
-        positions = starts + np.arange(self.seq_len + self.n_future)  # (B, T + n), in the stream
-        exists = positions < self.tokens.total
+        positions = order.windows[windows][:, None] * self.seq_len + np.arange(self.seq_len + self.n_future)
+        exists = positions < self.tokens.total  # both (B, T + n), in the stream
         positions = np.minimum(positions, self.tokens.total - 1)
         slots = np.searchsorted(order.ends, positions, side="right")
         rows = self.tokens.rows[order.documents[slots]]  # (B, T + n, 5)
         offsets = positions - order.ends[slots] + rows[..., 1] - rows[..., 0]  # in the document
-        tokens = np.where(exists, self.tokens.gather(rows[..., 0] + offsets), 0)
-        return tokens, np.where(exists, slots, -1), exists & (offsets >= rows[..., 2])
+        places = rows[..., 0] + offsets  # in the corpus
+        tokens = np.where(exists, self.tokens.gather(places), 0)
+        return tokens, np.where(exists, slots, -1), exists & (offsets >= rows[..., 2]) & ~self.tokens.in_gap(places)
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

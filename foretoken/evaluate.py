@@ -1,6 +1,7 @@
 """What a model is worth on text: bits per byte, the heads' losses and agreement, predicted tokens per step, by domain.
 
 1. A document is framed as in training: bos, prompt, text. Its text tokens are the targets; eos predicts nothing here.
+   Of a conversation the targets are what the assistant says.
 2. Long documents are read in overlapping windows; a position counts in the first window that holds it.
 3. One pass gives every head's loss and first choice at every position, a chunk of logits at a time (`_score`).
 4. Each document is summed on its own (`_tally`); figures pool the sums, intervals resample documents.
@@ -24,11 +25,12 @@ from torch import Tensor
 from foretoken.checkpoint import recorded_recipe
 from foretoken.config import DataConfig, validated
 from foretoken.errors import ConfigError, DataError
+from foretoken.framing import scored
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
 from foretoken.sources import Document, split_documents
 from foretoken.sources import documents as read_documents
-from foretoken.tokenizer import Tokenizer, utf8
+from foretoken.tokenizer import Tokenizer
 
 # A document's sums. Per head (4, n): nats, targets, correct and agreeing first choices. Whole (4,): tokens and bytes
 # of its text, tokens covered and steps taken by the walk.
@@ -194,16 +196,15 @@ class _Window(NamedTuple):
 
 
 def _records(documents: Iterable[Document], tokenizer: Tokenizer, n: int, max_bytes: float) -> Iterator[_Record]:
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     total = 0
     for document in documents:
-        before, text = [*bos, *tokenizer.encode(document.prompt)], tokenizer.encode(document.text)
-        if not text:
+        ids, is_text, size = scored(tokenizer, document)
+        if not any(is_text):
             continue
-        tokens = torch.tensor(before + text)
-        labels, size = _aligned(tokens, torch.arange(len(tokens)) >= len(before), n), len(utf8(document.text))
+        tokens = torch.tensor(ids)
+        labels = _aligned(tokens, torch.tensor(is_text), n)
         nll, choices = torch.zeros(labels.shape, dtype=torch.float64), torch.full_like(labels, -1)
-        yield _Record(tokens, labels, nll, choices, len(text), size, document.domain)
+        yield _Record(tokens, labels, nll, choices, sum(is_text), size, document.domain)
         total += size
         if total >= max_bytes:
             return
@@ -284,7 +285,9 @@ def _tally(record: _Record) -> _Row:
     agrees, accepted = agreements(record.choices, record.labels)
     sums = (record.nll, counted, record.choices == record.labels, agrees)
     per_head = np.stack([part.sum(1).double().numpy() for part in sums])
-    walked = walk(accepted[counted[0]].tolist())
+    positions = counted[0].nonzero()[:, 0]
+    turns = accepted[positions].tensor_split((positions.diff() > 1).nonzero()[:, 0] + 1)  # an assistant's, or one text
+    walked = np.sum([walk(turn.tolist()) for turn in turns], axis=0)
     return per_head, np.array([record.text_tokens, record.text_bytes, *walked], dtype=np.float64)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from foretoken.chat import each_text
 from foretoken.config import DataConfig
 from foretoken.errors import DataError
 from foretoken.tokenizer import utf8
@@ -42,13 +43,17 @@ _LEFT_OUT = (*_TESTS, *_NOT_LIBRARY, "turtledemo", "__pycache__")
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `prompt` is read by the model but is no target; `split` is what the record's split field says."""
+    """One text. `prompt` is read by the model but is no target; `split` is what the record's split field says.
+
+    messages: of a conversation, whose `text` is what the assistant says.
+    """
 
     text: str
     name: str
     prompt: str = ""
     domain: str | None = None
     split: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 def documents(config: DataConfig, sources: Sequence[str]) -> Iterator[Document]:
@@ -178,24 +183,54 @@ def _first_line(error: Exception) -> str:
 
 def _fields(config: DataConfig) -> tuple[str | None, str, str | None, str | None]:
     """Names of the prompt, text, domain and split fields."""
-    return config.prompt_field, config.response_field or config.text_field, config.domain_field, config.split_field
+    text = config.messages_field or config.response_field or config.text_field
+    return config.prompt_field, text, config.domain_field, config.split_field
 
 
 def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Document]:
     for where, record in records:
         values: list[str | None] = []
+        messages: tuple[Mapping[str, Any], ...] = ()
         for field, is_text in zip(_fields(config), (True, True, False, False), strict=True):
             if field is not None and field not in record:
                 raise DataError(f"{where}: no field '{field}'; the record has {', '.join(sorted(record)) or 'none'}")
             value = None if field is None else record[field]
-            if is_text and field is not None:
+            if field is not None and field == config.messages_field:
+                messages = _messages(value, f"{where}: field '{field}'", config.errors)
+                value = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
+            elif is_text and field is not None:
                 if not isinstance(value, str):
-                    raise DataError(f"{where}: field '{field}' is {json.dumps(value, default=str)[:40]}, not a text")
+                    raise DataError(f"{where}: field '{field}' is {_shown(value)}, not a text")
                 value = _without_surrogates(value, where, config.errors)
             values.append(None if value is None else str(value))
         prompt, text, domain, split = values
         if text:
-            yield Document(text, where, prompt or "", domain, split)
+            yield Document(text, where, prompt or "", domain, split, messages)
+
+
+def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any], ...]:
+    """A record's conversation; raises DataError where it is none, or has nothing that could be learned."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where} is {_shown(value)}, not a list of messages with role and content")
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"{where}: message {number} is {_shown(message)}, not an object with role and content")
+        for key in ("role", "content"):
+            if key not in message:
+                has = ", ".join(sorted(message)) or "nothing"
+                raise DataError(f"{where}: message {number} has no '{key}'; it has {has}")
+            if not isinstance(message[key], str):
+                raise DataError(f"{where}: message {number}: '{key}' is {_shown(message[key])}, not a text")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"{where}: message {number}: the assistant says nothing; leave the turn out")
+    if all(message["role"] != "assistant" for message in value):
+        roles = ", ".join(dict.fromkeys(message["role"] for message in value))
+        raise DataError(f"{where}: no message has the role assistant, so there is nothing to learn; roles are {roles}")
+    return tuple(each_text(value, lambda text: _without_surrogates(text, where, errors)))
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)[:40]
 
 
 def _without_surrogates(text: str, where: str, errors: str) -> str:
@@ -212,9 +247,9 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
     """Every document with its split, by the first rule that applies.
 
     split_field: records that say "train" train, all others validate (a text file says nothing and trains).
-    validation: its sources validate. Fewer than 20 documents: the last `validation_fraction` of each validates, cut
-    at a line's end where one is near. Else by SHA-256 of the text, so equal documents share a split; should none
-    fall to validation, the one with the lowest hash does.
+    validation: its sources validate. Fewer than 20 documents, and no conversations: the last `validation_fraction` of
+    each validates, cut at a line's end where one is near. Else by SHA-256 of the text, so equal documents share a
+    split; should none fall to validation, the one with the lowest hash does.
     """
     source = documents(config, config.source)
     if config.split_field is not None:
@@ -224,7 +259,7 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
         yield from ((d, "validation") for d in documents(config, config.validation))
     else:
         first = list(itertools.islice(source, FEW_DOCUMENTS))
-        if len(first) < FEW_DOCUMENTS:
+        if len(first) < FEW_DOCUMENTS and config.messages_field is None:
             yield from (part for d in first for part in _cut(d, config.validation_fraction))
         else:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
@@ -245,7 +280,8 @@ def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, Split]
 def _by_hash(source: Iterable[Document], fraction: float) -> Iterator[tuple[Document, Split]]:
     lowest, held, found = 2.0, list[Document](), False  # held: the documents with the lowest hash, while none is found
     for document in source:
-        digest = hashlib.sha256(utf8(document.prompt + document.text)).digest()
+        said = json.dumps(document.messages) if document.messages else ""
+        digest = hashlib.sha256(utf8(document.prompt + document.text + said)).digest()
         value = int.from_bytes(digest[:8], "big") / 2**64
         if value < fraction:
             found = True

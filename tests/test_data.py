@@ -433,7 +433,9 @@ def test_empty_corpus(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ windows
 
 
-def tokens_of(contents: Sequence[Sequence[int]], masked: Sequence[int] = (), shard_tokens: int = 4) -> Tokens:
+def tokens_of(
+    contents: Sequence[Sequence[int]], masked: Sequence[int] = (), shard_tokens: int = 4, gaps: Sequence[int] = ()
+) -> Tokens:
     """Tokens in memory, in shards of a few."""
     flat = np.array([token for content in contents for token in content], np.uint16)
     ends = np.cumsum([len(content) for content in contents])
@@ -441,7 +443,7 @@ def tokens_of(contents: Sequence[Sequence[int]], masked: Sequence[int] = (), sha
     rest = np.zeros_like(ends)
     rows = np.stack([starts, ends, np.array(masked) if masked else rest, rest, rest - 1], axis=1)
     shards = tuple(flat[i : i + shard_tokens] for i in range(0, len(flat), shard_tokens))
-    return Tokens(len(flat), len(contents), "", (), rows, shards, shard_tokens)
+    return Tokens(len(flat), len(contents), "", (), rows, shards, shard_tokens, np.array(gaps, np.int64))
 
 
 def test_windows_worked_example() -> None:
@@ -478,12 +480,18 @@ contents_and_masks = st.lists(
 ).filter(lambda pairs: sum(len(content) for content, _ in pairs) >= 7)
 
 
-@given(contents_and_masks, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(1, 5))
+bounds = st.lists(st.integers(0, 40), unique=True, max_size=6).map(lambda found: sorted(found)[: len(found) // 2 * 2])
+
+
+@given(contents_and_masks, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(1, 5), bounds)
 @settings(max_examples=150, deadline=None)
 def test_windows_equal_plain_loops(
-    pairs: list[tuple[list[int], int]], seq_len: int, n: int, shuffle: bool, batch_size: int
+    pairs: list[tuple[list[int], int]], seq_len: int, n: int, shuffle: bool, batch_size: int, gaps: list[int]
 ) -> None:
-    tokens = tokens_of([content for content, _ in pairs], [masked for _, masked in pairs])
+    tokens = tokens_of([content for content, _ in pairs], [masked for _, masked in pairs], gaps=gaps)
+    for i, (start, stop, masked) in enumerate(tokens.rows[:, :3].tolist()):
+        between = [any(a <= at < b for a, b in zip(gaps[::2], gaps[1::2], strict=True)) for at in range(start, stop)]
+        assert tokens.label_mask(i).tolist() == [at >= masked and not gap for at, gap in enumerate(between)]
     windows = Windows(tokens, seq_len, n, batch_size, seed=5, shuffle=shuffle)
     per_epoch = windows.windows_per_epoch
     found: list[list[tuple[int, int, bool]]] = []
