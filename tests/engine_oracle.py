@@ -1,12 +1,14 @@
 """What any engine must produce from a checkpoint: greedy ids, and how many drafts it makes and accepts.
 
 Full recomputation without a cache, in float32, sharing no code with the decode loop: the trunk and head 1 through
-transformers' Llama, the drafter through a plain EAGLE-3 layer written here.
+transformers' model, an EAGLE-3 drafter through a plain layer written here, parallel heads through transformers' model
+with each head in the place of the last layer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,22 +100,15 @@ def count_drafts(
     The second result is llama.cpp's way of counting: it never drafts past the limit, so the last steps of a prompt
     draft and accept less, or nothing.
     """
-    model = _llama(checkpoint)
-    trunk_layer = model.config.num_hidden_layers - 1
-    layer = EagleLayer(drafter, model.get_input_embeddings().weight, model.lm_head.weight, trunk_layer)
+    start = _parallel_heads if _is_parallel(drafter) else _eagle
+    drafts_of = start(checkpoint, drafter, drafts)
     total, cut = Counts(by_position=[0] * drafts), Counts(by_position=[0] * drafts)
     for prompt, output in zip(prompts, outputs, strict=True):
-        sequence = torch.tensor([prompt + output])
-        z = list(model(sequence, output_hidden_states=True).hidden_states[trunk_layer][0])
+        propose = drafts_of(prompt + output)
         generated = 1
         while generated < tokens:
-            known = prompt + output[:generated]
-            fed, states, proposed = known[1:], layer.read(z[: len(known) - 1]), list[int]()
-            for _ in range(drafts):
-                token, state = layer(fed, states)
-                proposed.append(token)
-                fed, states = [*fed, token], [*states, state]
             coming = output[generated : generated + drafts]
+            proposed = propose(len(prompt) + generated)
             right = next((i for i, (a, b) in enumerate(zip(proposed, coming, strict=True)) if a != b), drafts)
             for counts, room in ((total, drafts), (cut, min(drafts, tokens - generated - 1))):
                 counts.steps += 1
@@ -122,6 +117,71 @@ def count_drafts(
                 counts.by_position = [n + (i < min(right, room)) for i, n in enumerate(counts.by_position)]
             generated += right + 1
     return total, cut
+
+
+# From the number of tokens known, of a text, to the drafts behind them.
+Proposer = Callable[[int], list[int]]
+
+
+def _eagle(checkpoint: Path, drafter: Path, drafts: int) -> Callable[[list[int]], Proposer]:
+    """An EAGLE-3 layer, which drafts from its own drafts and states."""
+    model = _llama(checkpoint)
+    trunk_layer = model.config.num_hidden_layers - 1
+    layer = EagleLayer(drafter, model.get_input_embeddings().weight, model.lm_head.weight, trunk_layer)
+
+    def drafts_of(text: list[int]) -> Proposer:
+        z = list(model(torch.tensor([text]), output_hidden_states=True).hidden_states[trunk_layer][0])
+
+        def propose(known: int) -> list[int]:
+            fed, states, proposed = text[1:known], layer.read(z[: known - 1]), list[int]()
+            for _ in range(drafts):
+                token, state = layer(fed, states)
+                proposed.append(token)
+                fed, states = [*fed, token], [*states, state]
+            return proposed
+
+        return propose
+
+    return drafts_of
+
+
+def _parallel_heads(checkpoint: Path, drafter: Path, drafts: int) -> Callable[[list[int]], Proposer]:
+    """Heads 2, 3, ..: head j at the last position whose next token is known, t, drafts token t + j."""
+    weights = load_file(drafter / "model.safetensors")
+    heads = []
+    for i in range(drafts):
+        head, prefix = _llama(checkpoint), f"heads.{i}."
+        own = {n.removeprefix(prefix): w.float() for n, w in weights.items() if n.startswith(prefix)}
+        head.model.layers[-1].load_state_dict(own)
+        heads.append(head)
+
+    def drafts_of(text: list[int]) -> Proposer:
+        choices = [head(torch.tensor([text])).logits[0].argmax(-1).tolist() for head in heads]
+        return lambda known: [of_head[known - 2] for of_head in choices]
+
+    return drafts_of
+
+
+def _is_parallel(drafter: Path) -> bool:
+    return json.loads((drafter / "config.json").read_text())["architectures"] == ["MtpHeadsEagle3"]
+
+
+@torch.no_grad()
+def joint(
+    checkpoint: Path, prompt: list[int], temperature: float, tokens: int, least: float
+) -> dict[tuple[int, ...], float]:
+    """The probabilities of the next `tokens` tokens together, where they are at least `least`."""
+    model = _llama(checkpoint)
+    starts: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(tokens):
+        longer = {}
+        for start, probability in starts.items():
+            logits = model(torch.tensor([[*prompt, *start]])).logits[0, -1].double()
+            for token, p in enumerate((logits / temperature).softmax(-1).tolist()):
+                if probability * p >= least:
+                    longer[*start, token] = probability * p
+        starts = longer
+    return starts
 
 
 def _llama(checkpoint: Path):  # type: ignore[no-untyped-def]

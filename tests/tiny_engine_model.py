@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from foretoken.recipe import load_recipe
@@ -30,8 +31,8 @@ def write_text(folder: Path) -> None:
         (folder / f"{i}.py").write_text("\n".join(parts))
 
 
-def make(out: Path, head_kind: str, steps: int = 150) -> Path:
-    """Train into `out` and return it."""
+def make(out: Path, head_kind: str, steps: int = 150, more: Sequence[str] = ()) -> Path:
+    """Train into `out`, with `more` overrides of the recipe, and return it."""
     with tempfile.TemporaryDirectory() as scratch:
         write_text(Path(scratch) / "text")
         overrides = (
@@ -39,7 +40,7 @@ def make(out: Path, head_kind: str, steps: int = 150) -> Path:
             "model.hidden_size=64", "model.num_attention_heads=4", "model.num_key_value_heads=2",
             "model.num_hidden_layers=4", "model.n_future=4", "model.max_position_embeddings=256",
             "train.seq_len=96", "train.batch_size=8", f"train.steps={steps}", "train.precision=float32",
-            "train.log_every=50", "train.save_every=100000", "train.eval_windows=8", "optim.lr=6e-3",
+            "train.log_every=50", "train.save_every=100000", "train.eval_windows=8", "optim.lr=6e-3", *more,
         )  # fmt: skip
         train(load_recipe("tiny", overrides), out)
     return out
