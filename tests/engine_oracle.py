@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
     by_position: list[int] = field(default_factory=list)
+
+    def __add__(self, more: Counts) -> Counts:
+        by_position = [a + b for a, b in zip_longest(self.by_position, more.by_position, fillvalue=0)]
+        return Counts(self.steps + more.steps, self.drafted + more.drafted, self.accepted + more.accepted, by_position)
 
 
 class EagleLayer:

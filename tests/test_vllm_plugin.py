@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import tiny_config
 
-from foretoken.config import ModelConfig
 from foretoken.formats import hf
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def test_the_entry_point_is_a_function_and_the_class_is_what_checkpoints_name(pl
     module, _, function = target.partition(":")
     assert module == plugin.__name__
     assert callable(getattr(plugin, function))
-    parallel = hf.heads_config(ModelConfig(vocab_size=8, n_future=3, head_kind="parallel"), {})
+    parallel = hf.heads_config(tiny_config(), {})
     assert parallel["architectures"] == [plugin.ARCHITECTURE]
     assert f"class {plugin.ARCHITECTURE}(" in (PLUGIN / "foretoken_vllm" / "model.py").read_text()
 

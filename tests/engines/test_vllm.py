@@ -54,11 +54,13 @@ class Trained:
         self.ahead = greedy(self.folder, self.prompts, TOKENS + LATER, MOST_DRAFTS)
         self.ids = [ids[:TOKENS] for ids in self.ahead]
 
-    def counts(self, drafter: Path, drafts: int, tokens: int = TOKENS, past: int = 0) -> Counts:
-        """Of `tokens` tokens a prompt, behind the prompt and the first `past`."""
+    def counts(
+        self, drafter: Path, drafts: int, tokens: int = TOKENS, past: int = 0, only: int | None = None
+    ) -> Counts:
+        """Of `tokens` tokens a prompt, behind the prompt and the first `past`; of the first `only` prompts."""
         prompts = [prompt + ids[:past] for prompt, ids in zip(self.prompts, self.ahead, strict=True)]
         outputs = [ids[past : past + tokens + drafts] for ids in self.ahead]
-        total, _ = count_drafts(self.folder, drafter, prompts, outputs, tokens, drafts)
+        total, _ = count_drafts(self.folder, drafter, prompts[:only], outputs[:only], tokens, drafts)
         assert all(total.by_position), "the oracle accepts nothing at some position, so this would show little"
         assert total.accepted < total.drafted
         return total
@@ -125,24 +127,31 @@ def test_all_parallel_heads_draft_through_the_plugin(parallel: Trained, tmp_path
     assert counted(drafted[0]) == counted(head_2)
 
 
-def test_heads_draft_alike_behind_chunked_prompts_and_cached_prefixes(parallel: Trained, tmp_path: Path) -> None:
-    """A second request goes on where the first one ended: prompts in chunks of 24, whose first blocks are cached."""
+def test_heads_draft_alike_behind_cached_prefixes_and_as_many_as_the_load_allows(
+    parallel: Trained, tmp_path: Path
+) -> None:
+    """One engine reads prompts in chunks of 24; a second request goes on where the first one ended, its start cached.
+
+    The other drafts 1 token beside four or more requests and 3 beside fewer.
+    """
+    heads, k = parallel.heads, MOST_DRAFTS
     longer = [prompt + ids for prompt, ids in zip(parallel.prompts, parallel.ids, strict=True)]
     batches = [
         {"prompts": parallel.prompts, "sampling": GREEDY},
         {"prompts": longer, "sampling": {"temperature": 0, "max_tokens": LATER}},
     ]
     options = {"enable_prefix_caching": True, "max_num_batched_tokens": 24, "block_size": 32}
-    engine = parallel.engine(parallel.heads, MOST_DRAFTS, batches=batches, options=options)
-    (answer,) = run_vllm(tmp_path, [engine])
+    cached = parallel.engine(heads, k, batches=batches, options=options)
+    batches = [{"prompts": parallel.prompts[:n], "sampling": GREEDY} for n in (6, 1)]
+    paced = parallel.engine(heads, k, batches=batches)
+    paced["speculative_config"]["num_speculative_tokens_per_batch_size"] = [[1, 3, k], [4, 8, 1]]
+
+    answer, by_load = run_vllm(tmp_path, [cached, paced])
     assert all(32 <= tokens < len(prompt) - 24 for tokens, prompt in zip(answer["cached"][1], longer, strict=True))
     assert answer["ids"] == [parallel.ids, [ids[TOKENS : TOKENS + LATER] for ids in parallel.ahead]]
-    first = parallel.counts(parallel.heads, MOST_DRAFTS)
-    second = parallel.counts(parallel.heads, MOST_DRAFTS, tokens=LATER, past=TOKENS)
-    by_position = [a + b for a, b in zip(first.by_position, second.by_position, strict=True)]
-    assert counted(answer) == Counts(
-        first.steps + second.steps, first.drafted + second.drafted, first.accepted + second.accepted, by_position
-    )
+    assert counted(answer) == parallel.counts(heads, k) + parallel.counts(heads, k, tokens=LATER, past=TOKENS)
+    assert by_load["ids"] == [parallel.ids, parallel.ids[:1]]
+    assert counted(by_load) == parallel.counts(heads, 1) + parallel.counts(heads, k, only=1)
 
 
 # Two heads of width 32: vLLM's Qwen2 derives the width.

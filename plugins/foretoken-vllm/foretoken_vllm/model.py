@@ -71,7 +71,9 @@ def make_head(vllm_config: VllmConfig, target: Any, prefix: str) -> nn.Module:
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0})
 class Heads(nn.Module):
-    """All heads and the final norm. The proposer adds the target's embedding, which nothing here reads."""
+    """All heads and the final norm."""
+
+    embed_tokens: nn.Module
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -85,6 +87,9 @@ class Heads(nn.Module):
             make_head(vllm_config, target, f"model.layers.{layers + i}") for i in range(draft.num_hidden_layers)
         )
         self.norm = RMSNorm(self.width, eps=target.rms_norm_eps)
+        # The proposer puts the target's embedding in this place, where the widths agree; the heads do not read it.
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.register_buffer("weight", torch.empty(0, self.width), persistent=False)
 
     def forward(
         self,
