@@ -17,6 +17,7 @@ import typer
 from foretoken.cli_bench import bench
 from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
 from foretoken.cli_generate import generate
+from foretoken.cli_lab import lab
 
 app = typer.Typer(
     name="foretoken",
@@ -190,6 +191,7 @@ def info(checkpoint: Checkpoint, as_json: Json = False) -> None:
 export = typer.Typer(help="Write a checkpoint for other engines.", rich_markup_mode=None)
 app.add_typer(export, name="export")
 app.add_typer(bench, name="bench")
+app.add_typer(lab, name="lab")
 
 
 @export.command("eagle3", epilog="Example: foretoken export eagle3 runs/demo runs/demo-eagle3")
