@@ -57,7 +57,8 @@ def run(
     with Display(quiet_text=as_json) as display:
         for each in names:
             experiment = find(each)
-            settings = settings_of(experiment, size, seeds, data or (), split_field)
+            own = name == "all" and "data" not in experiment.sizes["cpu"]  # it makes its data itself
+            settings = settings_of(experiment, size, seeds, () if own else data or (), split_field)
             result = run_experiment(experiment, size, settings, out / f"{each}-{size}", at_a_time, display.say)
             found[each] = result["summary"]
             display.result("\n\n".join(table.markdown() for table in experiment.tables(result)))

@@ -103,7 +103,9 @@ def settings_of(
         if seeds < 1:
             raise ConfigError(f"seeds = {seeds} must be at least 1")
         settings["seeds"] = seeds
-    if data and "data" in settings:
+    if data:
+        if "data" not in settings:
+            raise ConfigError(f"the experiment {experiment.name} makes its own data: leave --data out")
         settings |= {"data": list(data), "split_field": split_field}
     if experiment.arms is not None:
         settings["arms"] = experiment.arms(settings)
@@ -212,7 +214,9 @@ def result(experiment: Experiment, size: str, settings: Settings, runs: Sequence
         figures = read_json(run.folder / "run.json")
         measured = run.folder / "measured.json"
         by_arm[run.arm].append({"seed": run.seed, **figures, **(read_json(measured) if measured.exists() else {})})
-    data = f" --data {' '.join(Path(source).name for source in settings['data'])}" if "data" in settings else ""
+    given = settings.get("data", []) if settings.get("data") != ["stdlib"] else []
+    data = "".join(f" --data {Path(source).name}" for source in given)
+    data += f" --split-field {settings['split_field']}" if settings.get("split_field") else ""
     found: Figures = {
         "experiment": experiment.name,
         "size": size,

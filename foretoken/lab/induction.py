@@ -2,8 +2,8 @@
 
 1. Stories, and a BPE trained on them. In training a name is one of a list or two syllables put together.
 2. Models with n = 1 and 2 heads at equal total blocks learn them.
-3. Test stories are about names that are exactly two tokens, drawn from all that the tokenizer holds. Counted is the top-1
-   accuracy of head 1 on a name's second token, behind its first one, from the second mention on.
+3. Test stories are about names that are exactly two tokens, drawn from all that the tokenizer holds. Counted is the
+   top-1 accuracy of head 1 on a name's second token, behind its first one, from the second mention on.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def two_token_names(tokenizer: Tokenizer) -> list[tuple[int, int]]:
     return found
 
 
-def test_stories(tokenizer: Tokenizer, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Token ids (count, length), and where a second token of a name stands that was mentioned before (count, length)."""
+def named_stories(tokenizer: Tokenizer, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids (count, length), and where the second token of a name stands that was mentioned before."""
     names, rng = two_token_names(tokenizer), random.Random(1)
     tokens, scored = torch.zeros(count, length, dtype=torch.int64), torch.zeros(count, length, dtype=torch.bool)
     for row in range(count):
@@ -116,7 +116,7 @@ def run(run: Run) -> Figures:
     model.init_weights(run.seed)
     model.to(run.device)
     batches = Windows(prepare(data_of(s, out), tokenizer, "train"), s["seq_len"], n, s["batch"], run.seed)
-    tests = test_stories(tokenizer, s["tested"], s["seq_len"])
+    tests = named_stories(tokenizer, s["tested"], s["seq_len"])
 
     def sample(step: int) -> Sample:
         batch = batches.batch(step)
@@ -152,9 +152,8 @@ def summarise(found: Figures) -> Figures:
         }  # fmt: skip
         gain = gains[size]["last"]
         said = "higher" if gain.low > 0 else "lower" if gain.high < 0 else "no difference shown"
-        verdicts.append(
-            f"{size}: n = 2 less n = 1 {gain.shown(3)}, {said}; with the oracle {gains[size]['best'].shown(3)}."
-        )
+        oracle = gains[size]["best"].shown(3)
+        verdicts.append(f"{size}: n = 2 less n = 1 {gain.shown(3)}, {said}; with the oracle {oracle}.")
     return {"gains": gains, "verdict": " ".join(verdicts)}
 
 
@@ -214,6 +213,6 @@ EXPERIMENT = Experiment(
 Stories come from templates (`foretoken/lab/story.py`); `--data` adds files of records with a field `split`, such as
 public-domain children's stories. Of the names in training 30 % are two syllables put together, the others common ones.
 Sizes are the paper's, without embeddings; the vocabulary is small, because with the paper's 32,000 tokens the
-unembedding would be most of such a model and n = 2 nearly twice the work. The oracle takes each run at its best check on
-the test itself, as the paper does; the verdict does not use it.""",
+unembedding would be most of such a model and n = 2 nearly twice the work. The oracle takes each run at its best check
+on the test itself, as the paper does; the verdict does not use it.""",
 )  # fmt: skip
