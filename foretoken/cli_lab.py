@@ -47,7 +47,7 @@ def run(
     """Run an experiment, or what is missing of it; prints its tables and its verdict."""
     from foretoken.display import Display
     from foretoken.errors import ConfigError
-    from foretoken.lab.experiment import EXPERIMENTS, find, run_experiment, settings_of
+    from foretoken.lab.experiment import EXPERIMENTS, find, plain, run_experiment, settings_of
 
     names = list(EXPERIMENTS) if name == "all" else [name]
     at_a_time = workers if workers is not None else (os.cpu_count() or 1) if size == "cpu" else 1
@@ -64,7 +64,7 @@ def run(
             display.result("\n\n".join(table.markdown() for table in experiment.tables(result)))
             display.result(f"\n{result['summary']['verdict']}\nfigures: {out / f'{each}-{size}' / 'result.json'}")
     if as_json:
-        print_json(found)
+        print_json(plain(found))
 
 
 @lab.command("report", epilog="Example: foretoken lab report star --results docs/results")

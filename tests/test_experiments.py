@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -70,7 +71,7 @@ def test_star_graphs_are_stars_and_paths_lead_to_the_goal() -> None:
         assert len(path) == SHAPE["length"]
         assert path[0] == start
         assert path[-1] == goal
-        assert all(parents[b] == a for a, b in zip(path, path[1:], strict=False))
+        assert all(parents[b] == a for a, b in itertools.pairwise(path))
         children = [a for a in parents.values()]
         assert children.count(start) == SHAPE["arms"]
         assert all(children.count(node) <= 1 for node in parents)
@@ -267,7 +268,7 @@ def test_loss_around_choice_points() -> None:
     nats[0, 1, points - 1] = 3.0  # head 2 predicts it one position earlier
     nats[0, 1, points] = 2.0  # and from the point's own position the token behind it
     found = information.choice_points(nats, entropy, len(points) / T)
-    known = T - n - 1  # the first token has no head 2, the last ones are left out
+    known = T - 1  # the first token has no head 2
     total = 2 * known + len(points) * (2 + 2 + 1)
     assert found["crossing"]["high"]["loss"] == pytest.approx(len(points) * (3 + 3 + 2) / total)
     assert found["crossing"]["high"]["terms"] == pytest.approx(len(points) * 3 / (2 * known))
@@ -422,7 +423,9 @@ def test_a_killed_run_goes_on(name: str, text: Path, tmp_path: Path, monkeypatch
     parts = run_experiment(found, "smoke", settings, tmp_path / "parts", 1, lambda text: None)
     for arm, runs in whole["runs"].items():
         for a, b in zip(runs, parts["runs"][arm], strict=True):
-            assert {k: v for k, v in a.items() if "seconds" not in k} == {k: v for k, v in b.items() if "seconds" not in k}
+            assert {k: v for k, v in a.items() if "seconds" not in k} == {
+                k: v for k, v in b.items() if "seconds" not in k
+            }
 
 
 def test_heads_know_every_domain() -> None:

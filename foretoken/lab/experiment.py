@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -137,9 +138,9 @@ def run_experiment(
     for run in runs if experiment.measure is not None else ():
         if not (run.folder / "measured.json").exists():
             report(f"{experiment.name}: measuring {run.arm}, seed {run.seed}")
-            write_json(run.folder / "measured.json", experiment.measure(run))  # type: ignore[misc]
+            write_json(run.folder / "measured.json", plain(experiment.measure(run)))  # type: ignore[misc]
     found = result(experiment, size, settings, runs)
-    write_json(out / "result.json", found)
+    write_json(out / "result.json", plain(found))
     return found
 
 
@@ -203,7 +204,7 @@ def _run_one(experiment: Experiment, run: Run) -> None:
     figures = experiment.run(run)
     seconds = time.perf_counter() - began  # of the last part of a run that was stopped
     partial = run.folder / "run.json.partial"
-    write_json(partial, {**figures, "seconds": seconds})
+    write_json(partial, plain({**figures, "seconds": seconds}))
     partial.rename(run.folder / "run.json")
 
 
@@ -229,9 +230,19 @@ def result(experiment: Experiment, size: str, settings: Settings, runs: Sequence
     return {**found, "summary": experiment.summarise(found)}
 
 
-def page(found: Figures, experiment: Experiment | None = None) -> str:
-    """The Markdown of a result; its figure is named after the experiment."""
-    experiment = experiment or find(found["experiment"])
+def plain(value: Any) -> Any:
+    """JSON values that any reader takes: null for what is no number, such as the interval of a single run."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def page(found: Figures) -> str:
+    """The Markdown of a result, its summary made anew; its figure is named after the experiment."""
+    experiment = find(found["experiment"])
+    found = {**found, "summary": experiment.summarise(found)}
     name, settings, where = experiment.name, found["settings"], found["machine"]
     seconds = [run["seconds"] for runs in found["runs"].values() for run in runs]
     runs = f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes in them all ({max(seconds):.0f} s the longest)"
@@ -278,9 +289,8 @@ def report_experiment(name: str, runs: Path, results: Path) -> Path | None:
     if not found and not stored.exists():
         return None
     values = read_json(found[0] if found else stored)
-    values["summary"] = find(name).summarise(values)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(stored, values)
+    write_json(stored, plain({**values, "summary": find(name).summarise(values)}))
     target = results / f"{name}.md"
     target.write_text(page(values), encoding="utf-8")
     draw(values, results / f"{name}.svg")

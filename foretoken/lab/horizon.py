@@ -93,11 +93,9 @@ def tables(found: Figures) -> list[Table]:
     learnt, decodes = [], []
     for arm, runs in found["runs"].items():
         v, n = found["summary"]["arms"][arm], n_of(arm)
-        bits = [r["bits_per_byte"] for r in runs]
-        base = [r["bits_per_byte"] for r in found["runs"]["n1"]]
-        cost = "" if arm == "n1" else difference(bits, base).shown()
-        along = mean([r["along_text"] for r in runs]).shown() if n > 1 else ""
-        learnt.append((arm, str(v["steps"]), f"{v['ms_per_step']:.0f}", mean(bits).shown(), cost, along))
+        cost = "" if arm == "n1" else v["cost"].shown()
+        along = v["along_text"].shown() if n > 1 else ""
+        learnt.append((arm, str(v["steps"]), f"{v['ms_per_step']:.0f}", v["bits_per_byte"].shown(), cost, along))
         for name in ("greedy", "sampled") if "sampled" in v else ():
             ways = [Way(n - 1).name, Way(None).name]
             for way in ways:

@@ -124,13 +124,12 @@ def choice_points(nats: Tensor, entropy: Tensor, share: float) -> Figures:
     choice point from before it (of n heads 1 + 2 + .. + n terms a point); terms: their share in number; and the same
     for the tokens of which head 1 is surest.
     """
-    n, T = nats.size(1), nats.size(2)
+    n = nats.size(1)
     by_token = torch.stack([_shifted(nats[:, i], i) for i in range(n)], 1)  # (windows, n, T): of token t + 1, by head
     known = by_token.isfinite().all(1) & entropy.isfinite()
-    known[:, T - n :] = False
     order = entropy[known].sort().values
-    high = known & (entropy >= order[int((1 - share) * (len(order) - 1))])
-    low = known & (entropy <= order[int(share * (len(order) - 1))])
+    number = max(1, round(share * len(order)))
+    high, low = known & (entropy >= order[-number]), known & (entropy <= order[number - 1])
     whole = by_token.sum(1)
     average = float(whole[known].mean())
     profile = []
@@ -218,9 +217,7 @@ def tables(found: Figures) -> list[Table]:
             100 * mean([values[key] for values in side]).value for side in (high, low) for key in ("terms", "loss")
         ]
         claimed = f"{(int(arm[1:]) + 1) / 2:g}"
-        weights.append(
-            (arm, *(f"{share:.1f} %" for share in shares), _weight(runs, found["runs"]["n1"]).shown(), claimed)
-        )
+        weights.append((arm, *(f"{share:.1f} %" for share in shares), found["summary"]["weight"][arm].shown(), claimed))
     return [
         Table(("bits", "from tables p(x, y)", "cross-entropies on text"), rows),
         Table(

@@ -99,9 +99,8 @@ def tables(found: Figures) -> list[Table]:
     for arm, v in found["summary"]["arms"].items():
         at_k, gain = v["bits_at_k"], v["gain"]
         rows.append(
-            (arm, mean([r["bits_at_k"] for r in found["runs"][arm]]).shown() if at_k else "",
-             f"{v['unigram'][0]:.2f}", mean([r["probe"] for r in found["runs"][arm]]).shown(),
-             "" if gain is None else f"{gain[0]:.2f} [{gain[1]:.2f} - {gain[2]:.2f}]")
+            (arm, at_k.shown() if at_k else "", f"{v['unigram'].value:.2f}", v["probe"].shown(),
+             gain.shown() if gain else "")
         )  # fmt: skip
     head = ("trained on", "bits per byte at k", "by frequency alone", "head 1 on the frozen trunk: bits per byte",
             "better than on an untrained trunk by")  # fmt: skip

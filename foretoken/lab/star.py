@@ -164,10 +164,9 @@ def tables(found: Figures) -> list[Table]:
         shape, runs = found["settings"]["graphs"][graph], found["runs"][name]
         theirs = PAPER.get(graph, {}).get(arm)
         ms = 1e3 * sum(r["seconds_per_step"] for r in runs) / len(runs)
-        success = rate(v["successes"], v["count"])
         rows.append(
-            (f"G({graph.replace('x', ',')})", arm, f"{v['successes']} of {v['count']}", success.percent(),
-             mean([r["solved"] for r in runs]).percent(), f"{100 * v['guess']:.0f} %",
+            (f"G({graph.replace('x', ',')})", arm, f"{v['successes']} of {v['count']}", v["success"].percent(),
+             v["found"].percent(), f"{100 * v['guess']:.0f} %",
              str(v["median_steps"] or ""), str(shape["steps"]), f"{ms:.0f}", f"{theirs:g} %" if theirs else "")
         )  # fmt: skip
     return [Table(head, rows)]
