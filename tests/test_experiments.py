@@ -55,13 +55,12 @@ def read_graph(row: list[int], shape: dict[str, int]) -> tuple[dict[int, int], l
     labels, edges = shape["labels"], shape["arms"] * (shape["length"] - 1)
     parents = {}
     for index in range(edges):
-        a, b, sign = row[3 * index : 3 * index + 3]
-        assert sign == (labels + 1 if index == edges - 1 else labels)
+        a, b = row[2 * index : 2 * index + 2]
         assert b not in parents
         parents[b] = a
-    question, path = row[3 * edges : 3 * edges + 3], row[3 * edges + 3 :]
-    assert question[2] == labels + 2
-    return parents, question[:2], path
+    slash, start, goal, equals = row[2 * edges : 2 * edges + 4]
+    assert (slash, equals) == (labels, labels + 1)
+    return parents, [start, goal], row[2 * edges + 4 :]
 
 
 def test_star_graphs_are_stars_and_paths_lead_to_the_goal() -> None:

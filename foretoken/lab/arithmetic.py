@@ -104,7 +104,9 @@ def problems(operations: Sequence[int], s: Settings, seed: int, *, held_out: boo
 
 def longest(m: int, s: Settings) -> int:
     """Tokens of the longest sequence of m operations: all of them with two operands."""
-    return (m + 1) * s["d"] + 3 * m + s["pauses"] + 1 + s["d"]
+    d: int = s["d"]
+    pauses: int = s["pauses"]
+    return (m + 1) * d + 3 * m + pauses + 1 + d
 
 
 def settings_for(arm: str, settings: Settings) -> tuple[int, Settings]:
@@ -135,7 +137,7 @@ def run(run: Run) -> Figures:
 
     def right(m: int) -> float:
         tokens, is_target = tests[m]
-        parts = zip(tokens.split(256), is_target.split(256), strict=True)
+        parts = zip(torch.split(tokens, 256), torch.split(is_target, 256), strict=True)
         return float(torch.cat([answered(model, *part) for part in parts]).float().mean())
 
     def check(step: int) -> Figures:

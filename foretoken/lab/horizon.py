@@ -66,11 +66,11 @@ def summarise(found: Figures) -> Figures:
         if "decoded" in runs[0]:
             for name in ("greedy", "sampled"):
                 way = [r["decoded"][name][Way(n - 1).name] for r in runs]
-                paced = [r["decoded"][name][Way(None).name] for r in runs]
+                as_pays = [r["decoded"][name][Way(None).name] for r in runs]
                 values[name] = {
                     **{key: mean([w[key] for w in way]) for key in ("tokens_per_step", "step_cost", "speedup")},
-                    "paced_speedup": mean([w["speedup"] for w in paced]),
-                    "outputs_equal": all(w["outputs_equal"] for w in (*way, *paced)),
+                    "paced_speedup": mean([w["speedup"] for w in as_pays]),
+                    "outputs_equal": all(w["outputs_equal"] for w in (*way, *as_pays)),
                 }
         arms[arm] = values
     timed = {arm: v for arm, v in arms.items() if "sampled" in v}

@@ -94,7 +94,7 @@ def named_stories(tokenizer: Tokenizer, count: int, length: int) -> tuple[Tensor
 def accuracy(model: Model, tokens: Tensor, scored: Tensor) -> float:
     """Share of the scored tokens that are head 1's first choice, given the true text before them."""
     right = 0
-    for part, wanted in zip(tokens.split(32), scored.split(32), strict=True):
+    for part, wanted in zip(torch.split(tokens, 32), torch.split(scored, 32), strict=True):
         choices = model.logits(model(part[:, :-1].to(model.device))[0]).argmax(-1).cpu()
         right += int(((choices == part[:, 1:]) & wanted[:, 1:]).sum())
     return right / int(scored[:, 1:].sum())

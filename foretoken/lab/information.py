@@ -101,7 +101,7 @@ def table_of(model: Model, prefix: Tensor) -> tuple[Tensor, Tensor]:
     followed = torch.cat((prefix.expand(vocab, -1), torch.arange(vocab, device=prefix.device)[:, None]), 1)
     laws = [
         model.logits(model.run_head(model.run_trunk(part, context), context, 0)[:, -1])
-        for part in followed.split(64)
+        for part in torch.split(followed, 64)
         for context in [model.context(followed.size(1))]
     ]
     return first[:, None] * torch.cat(laws).double().softmax(-1), second

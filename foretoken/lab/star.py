@@ -1,7 +1,7 @@
 """Path finding on star graphs: d arms of l nodes from one centre, and the way from the centre to the end of one.
 
-A sequence is `a b | c d | ... / start goal = path`: the edges in random order, then the question, then the l nodes from
-the centre to the goal. The second node of the path is the choice of an arm; what follows can be copied from edge to
+A sequence is `a b c d ... / start goal = path`: the edges in random order, then the question, then the l nodes from the
+centre to the goal. The second node of the path is the choice of an arm; what follows can be copied from edge to
 edge. Learnt from the next token alone, copying is learnt first and the choice stays a guess, right once in d
 (Bachmann and Nagarajan 2024). Samples are new at every step; a graph whose hash says so is held out.
 """
@@ -40,7 +40,7 @@ PAPER = {  # frontier figures of the TOP paper, %: G(d,l) by objective
 def graphs(arms: int, length: int, labels: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random problems as token sequences (count, S), and which of them are held out (count,).
 
-    Token ids: 0..labels-1 the nodes, then `|`, `/` and `=`. The goal is the end of the first arm.
+    Token ids: 0..labels-1 the nodes, then `/` and `=`. The goal is the end of the first arm.
     """
     nodes = 1 + arms * (length - 1)
     names = torch.rand(count, labels, generator=generator).argsort(1)[:, :nodes]
@@ -49,10 +49,9 @@ def graphs(arms: int, length: int, labels: int, count: int, generator: torch.Gen
     edges = torch.stack((paths[:, :, :-1], paths[:, :, 1:]), -1).flatten(1, 2)
     order = torch.rand(edges.shape[:2], generator=generator).argsort(1)
     edges = edges.gather(1, order[..., None].expand_as(edges))
-    text = torch.cat((edges, torch.full_like(edges[..., :1], labels)), 2).flatten(1)
-    text[:, -1] = labels + 1
-    question = torch.cat((centre, paths[:, 0, -1:], torch.full_like(centre, labels + 2)), 1)
-    return torch.cat((text, question, paths[:, 0]), 1), _held_out(centre, rest)
+    signs = torch.full_like(centre, labels), torch.full_like(centre, labels + 1)
+    text = torch.cat((edges.flatten(1), signs[0], centre, paths[:, 0, -1:], signs[1], paths[:, 0]), 1)
+    return text, _held_out(centre, rest)
 
 
 def _held_out(centre: Tensor, rest: Tensor) -> Tensor:
@@ -83,9 +82,9 @@ def run(run: Run) -> Figures:
     shape = s["graphs"][graph]
     size, length = 1 + shape["arms"] * (shape["length"] - 1), shape["length"]
     assert size <= shape["labels"]
-    positions = 3 * shape["arms"] * (length - 1) + 3 + length
+    positions = 2 * shape["arms"] * (length - 1) + 4 + length
     config = ModelConfig(
-        vocab_size=shape["labels"] + 3, hidden_size=s["width"], intermediate_size=3 * s["width"],
+        vocab_size=shape["labels"] + 2, hidden_size=s["width"], intermediate_size=3 * s["width"],
         num_hidden_layers=s["layers"], num_attention_heads=s["heads"], num_key_value_heads=s["heads"],
         head_dim=s["width"] // s["heads"], max_position_embeddings=positions + 4, **ARMS[arm],
     )  # fmt: skip
@@ -188,7 +187,7 @@ def _sizes() -> dict[str, Settings]:
     def arms(graphs: dict[str, Any]) -> list[str]:
         return [f"{graph}-{arm}" for graph in graphs for arm in ARMS]
 
-    model = {"width": 64, "layers": 4, "heads": 4, "batch": 128, "lr": 2e-3, "warmup": 200}
+    model = {"width": 64, "layers": 3, "heads": 4, "batch": 64, "lr": 4e-3, "warmup": 100}
     tests = {"tested": 1000, "decoded": 200, "check_every": 250}
     cpu = {
         "3x3": {"arms": 3, "length": 3, "labels": 20, "steps": 4000},
@@ -227,7 +226,7 @@ EXPERIMENT = Experiment(
     intervals="Intervals at 95 %: Wilson's for the share of runs that solve a graph, Student's t over the seeds for "
     "the share of paths found.",
     notes="""\
-Sequences are `a b | c d | .. / start goal = path`; the loss is of the path's tokens alone, and heads count equally. The
+Sequences are `a b c d .. / start goal = path`; the loss is of the path's tokens alone, and heads count equally. The
 next-token path has the same blocks in every arm, further heads are added to it: n2 and n3 are parallel heads, and
 sequential is n = 3 with one block that drafts on. Samples are new at each step; one graph in 8, by a hash that neither
 the order of the edges nor that of the other arms changes, is held out, and tested greedily by the decode loop (with and
