@@ -23,6 +23,7 @@ from foretoken.errors import ConfigError, TrainingError
 from foretoken.lab import arithmetic, experiment, fit, heads, induction, information, intervals, nth_token, star
 from foretoken.lab.experiment import EXPERIMENTS, find, page, run_experiment, settings_of
 from foretoken.lab.story import story, two_names
+from foretoken.request import Request
 from foretoken.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[1]
@@ -165,8 +166,19 @@ def test_answers_by_decoding_are_those_by_scoring() -> None:
 def test_answers_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "answered", lambda model, tokens, is_target: torch.ones(len(tokens), dtype=torch.bool))
     tokens = torch.randint(0, 17, (20, 6), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(TrainingError, match="do not give the same answers"):
-        fit.answered_by_decoding(tiny_model(dtype=torch.float32), tokens, torch.arange(6).expand(20, -1) >= 3)
+    model, is_target = tiny_model(dtype=torch.float32), torch.arange(6).expand(20, -1) >= 3
+    with pytest.raises(TrainingError, match="decoding and scoring do not give the same answers"):
+        fit.answered_by_decoding(model, tokens, is_target)
+
+    def wrong(model: object, requests: list[Request], sampling: object, drafts: int, slots: int) -> list[None]:
+        for request in requests:
+            request.ids = [] if drafts else request.prompt
+        return []
+
+    monkeypatch.setattr(fit, "decode", wrong)
+    answers = torch.cat((tokens[:, :3], tokens[:, :3]), 1)  # without drafts right, with drafts wrong
+    with pytest.raises(TrainingError, match="drafts changed"):
+        fit.answered_by_decoding(model, answers, is_target)
 
 
 # Arithmetic.

@@ -19,6 +19,8 @@ from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 
+MOST_TIES = 0.03
+
 # What `targets` takes: tokens, document ids and label mask of windows, each (B, T + n).
 Sample = tuple[Tensor, Tensor, Tensor]
 
@@ -47,20 +49,26 @@ def answered(model: Model, tokens: Tensor, is_target: Tensor) -> Tensor:
 
 
 def answered_by_decoding(model: Model, tokens: Tensor, is_target: Tensor) -> Tensor:
-    """The same by the decode loop. Raises TrainingError where it differs, or where drafts change it."""
+    """The same by the decode loop, (B,).
+
+    Raises TrainingError where drafts change an answer, on a CPU, where none may, or where more than a few in a hundred
+    differ from `answered`, which rounds differently and may part from it at near-ties.
+    """
     rows = [
         (row[: wanted.index(True)], row[wanted.index(True) :][: sum(wanted)])
         for row, wanted in zip(tokens.tolist(), is_target.tolist(), strict=True)
     ]
     found = []
-    for drafts in {0, model.config.n_future - 1}:
+    for drafts in dict.fromkeys((0, model.config.n_future - 1)):
         requests = [Request(prompt, len(answer)) for prompt, answer in rows]
         for _ in decode(model, requests, Sampling(), drafts, slots=64):
             pass
         right = [request.ids == answer for request, (_, answer) in zip(requests, rows, strict=True)]
         found.append(torch.tensor(right))
-    if not all(torch.equal(each, answered(model, tokens, is_target)) for each in found):
-        raise TrainingError("decoding, decoding with drafts and scoring do not give the same answers")
+    if model.device.type == "cpu" and not torch.equal(found[0], found[-1]):
+        raise TrainingError("drafts changed what decoding answers")
+    if float((found[0] != answered(model, tokens, is_target)).float().mean()) > MOST_TIES:
+        raise TrainingError("decoding and scoring do not give the same answers")
     return found[0]
 
 

@@ -144,7 +144,7 @@ EXPERIMENT = Experiment(
             recipe=["model.hidden_size=96", "model.num_attention_heads=3", "model.total_blocks=18"],
         ),
         "gpu": _size(
-            (1, 2, 4, 8, 16), 1, minutes=1.5, scored_bytes=400_000, prompts=12, max_tokens=200, decode_dtype="bfloat16",
+            (1, 2, 4, 8, 16), 1, minutes=1.2, scored_bytes=400_000, prompts=12, max_tokens=200, decode_dtype="bfloat16",
             recipe=[*LARGE, "model.total_blocks=24"],
         ),
     },

@@ -200,7 +200,7 @@ EXPERIMENT = Experiment(
         ),
         "gpu": _size(
             ("1M", "3M", "10M", "30M"), 2, stories=200_000, vocab_size=2048, seq_len=1024, batch=64, tested=100,
-            steps=3000, check_every=200, lr=5e-3, warmup=200,
+            steps=2500, check_every=250, lr=5e-3, warmup=200,
         ),
     },
     run=run,

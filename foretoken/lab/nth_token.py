@@ -135,7 +135,7 @@ EXPERIMENT = Experiment(
         "smoke": _size((1, 4), 1, recipe=[*SMALL, "model.num_hidden_layers=3"], steps=3, probe_steps=2, windows=2),
         "cpu": _size((1, 2, 4, 8, 16, 128), 3, recipe=[], steps=600, probe_steps=300, windows=64),
         "gpu": _size(
-            (1, 2, 4, 8, 16, 128), 3, steps=2000, probe_steps=1000, windows=256,
+            (1, 2, 4, 8, 16, 128), 2, steps=2000, probe_steps=1000, windows=256,
             recipe=LARGE,
         ),
     },

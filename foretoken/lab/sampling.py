@@ -140,7 +140,7 @@ EXPERIMENT = Experiment(
         "smoke": _size(1, (0.0, 0.8), recipe=[*SMALL, "model.num_hidden_layers=3"], steps=3, prompts=2, max_tokens=8),
         "cpu": _size(3, ALL, recipe=[], steps=750, prompts=16, max_tokens=128),
         "gpu": _size(
-            2, ALL, steps=2000, prompts=64, max_tokens=256,
+            2, ALL, steps=2000, prompts=32, max_tokens=256,
             recipe=LARGE,
         ),
     },

@@ -194,9 +194,7 @@ def _sizes() -> dict[str, Settings]:
         "3x5": {"arms": 3, "length": 5, "labels": 20, "steps": 4000},
         "5x3": {"arms": 5, "length": 3, "labels": 20, "steps": 4000},
     }
-    gpu = {
-        f"{d}x{l}": {"arms": d, "length": l, "labels": 30, "steps": 7300} for d, l in ((3, 3), (3, 5), (5, 3), (5, 5))
-    }
+    gpu = {f"{d}x{l}": {"arms": d, "length": l, "labels": 30, "steps": 4000} for d, l in ((3, 3), (3, 5), (5, 3))}
     toy = {"2x2": {"arms": 2, "length": 2, "labels": 6, "steps": 6}}
     return {
         "smoke": {
@@ -208,8 +206,8 @@ def _sizes() -> dict[str, Settings]:
             "graphs": cpu, **model, **tests,
         },
         "gpu": {
-            "arms": arms(gpu), "seeds": 5, "graphs": gpu, **model, **tests, "width": 384, "layers": 8, "heads": 6,
-            "batch": 1024, "lr": 1e-3, "warmup": 1500,
+            "arms": arms(gpu), "seeds": 1, "graphs": gpu, **model, **tests, "width": 256, "layers": 6, "batch": 512,
+            "lr": 1e-3, "warmup": 400,
         },
     }  # fmt: skip
 
