@@ -227,6 +227,12 @@ def result(experiment: Experiment, size: str, settings: Settings, runs: Sequence
         "settings": dict(settings),
         "runs": by_arm,
     }
+    return with_summary(found, experiment)
+
+
+def with_summary(found: Figures, experiment: Experiment | None = None) -> Figures:
+    """A result with its summary made anew: read from JSON, that has no intervals to calculate with."""
+    experiment = experiment or find(found["experiment"])
     return {**found, "summary": experiment.summarise(found)}
 
 
@@ -241,8 +247,7 @@ def plain(value: Any) -> Any:
 
 def page(found: Figures) -> str:
     """The Markdown of a result, its summary made anew; its figure is named after the experiment."""
-    experiment = find(found["experiment"])
-    found = {**found, "summary": experiment.summarise(found)}
+    experiment, found = find(found["experiment"]), with_summary(found)
     name, settings, where = experiment.name, found["settings"], found["machine"]
     seconds = [run["seconds"] for runs in found["runs"].values() for run in runs]
     runs = f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes in them all ({max(seconds):.0f} s the longest)"
@@ -290,7 +295,7 @@ def report_experiment(name: str, runs: Path, results: Path) -> Path | None:
         return None
     values = read_json(found[0] if found else stored)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(stored, plain({**values, "summary": find(name).summarise(values)}))
+    write_json(stored, plain(with_summary(values)))
     target = results / f"{name}.md"
     target.write_text(page(values), encoding="utf-8")
     draw(values, results / f"{name}.svg")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from foretoken.bench import distinct_ngrams, held_out_prompts
+from foretoken.bench import distinct_ngrams
 from foretoken.checkpoint import load_checkpoint
 from foretoken.completion import Generation, generate
 from foretoken.lab.acceptance import RULES, likeliest_drafts
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.text import LARGE, SMALL, documents_of, recipe_of, train_or_resume
+from foretoken.lab.text import LARGE, SMALL, prompts_of, recipe_of, train_or_resume
 from foretoken.model import Model, Stepper
 from foretoken.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def run(run: Run) -> Figures:
     train_or_resume(recipe, run.folder / "model", run.report)
     model, tokenizer = load_checkpoint(run.folder / "model", "float32", run.device)
     model.use_stepper(Stepper(model, compiled=False))  # argmax drafts are not compiled: none are, then
-    prompts = held_out_prompts([document.text for document in documents_of(run.folder / "model")], s["prompts"])
+    prompts = prompts_of(run.folder / "model", s["prompts"])
     rows = {}
     for temperature in s["temperatures"]:
         run.report(f"{run.folder.name}: temperature {temperature:g}")

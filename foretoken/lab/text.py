@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.bench import SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
+from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import Recipe
 from foretoken.data import Batch, Windows, prepare
 from foretoken.display import Display
+from foretoken.errors import DataError
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Figures, Settings
@@ -32,7 +33,7 @@ from foretoken.train import train
 # What makes the recipe `demo` a matter of seconds; and one for a GPU.
 SMALL = [
     "model.hidden_size=32", "model.num_attention_heads=2", "train.batch_size=2", "train.seq_len=64",
-    "train.eval_windows=2", "train.precision=float32",
+    "train.eval_windows=2", "train.precision=float32", "data.validation_fraction=0.4",
 ]  # fmt: skip
 LARGE = [
     "model.hidden_size=512", "model.num_attention_heads=8", "train.batch_size=32", "train.seq_len=1024",
@@ -122,6 +123,14 @@ def documents_of(folder: Path) -> list[Document]:
     return documents
 
 
+def prompts_of(folder: Path, count: int) -> list[str]:
+    """Beginnings of lines in held-out documents. Raises DataError where none is long enough."""
+    texts = [document.text for document in documents_of(folder)]
+    if all(len(text) <= 4 * PROMPT_BYTES for text in texts):
+        raise DataError(f"{folder}: no held-out document has the {4 * PROMPT_BYTES} characters that prompts need")
+    return held_out_prompts(texts, count)
+
+
 def scored(folder: Path, max_bytes: int) -> Figures:
     """Bits per byte of head 1 and tokens per step along held-out text."""
     model, tokenizer = load_checkpoint(folder, "float32")
@@ -135,7 +144,7 @@ def decoded(folder: Path, drafts: Sequence[int | None], settings: Settings, devi
     By temperature, "greedy" and "sampled", and by "3 drafts" and the like. Decode with nothing beside it.
     """
     model, tokenizer = load_checkpoint(folder, settings.get("decode_dtype", "float32"), device)
-    prompts = held_out_prompts([document.text for document in documents_of(folder)], settings["prompts"])
+    prompts = prompts_of(folder, settings["prompts"])
     ways = [Way(k) for k in drafts]
     found: Figures = {}
     with Display(quiet_text=True) as display:
