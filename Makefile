@@ -1,5 +1,6 @@
 # Four commands: demo, test, check, fmt. Each makes the environment it needs, once.
 # A fifth, test-engines, tests checkpoints in vLLM: 3.4 GB to install, some minutes, Linux x86-64 only.
+# lab-smoke runs every experiment of `foretoken lab` at a size of seconds.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-engines check fmt clean
+.PHONY: demo test test-engines check fmt clean lab-smoke
 
 demo: $(VENV)/.demo
 	$(BIN)/foretoken demo $(ARGS)
@@ -17,6 +18,9 @@ test: $(VENV)/.dev
 
 test-engines: $(VENV)/.dev $(VLLM)/.plugin
 	FORETOKEN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines $(ARGS)
+
+lab-smoke: $(VENV)/.dev
+	$(BIN)/foretoken lab run all --size smoke --out $$(mktemp -d) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

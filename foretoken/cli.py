@@ -19,6 +19,7 @@ from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dty
 from foretoken.cli_export import export
 from foretoken.cli_generate import generate
 from foretoken.cli_import import importing
+from foretoken.cli_lab import lab
 
 app = typer.Typer(
     name="foretoken",
@@ -206,6 +207,7 @@ def info(
 app.add_typer(export, name="export")
 app.add_typer(importing, name="import")
 app.add_typer(bench, name="bench")
+app.add_typer(lab, name="lab")
 
 
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")

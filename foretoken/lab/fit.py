@@ -1,0 +1,149 @@
+"""A training loop for tasks whose samples are made as they are needed: a batch is a function of the step alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from foretoken import optim
+from foretoken.config import OptimConfig
+from foretoken.decode import decode
+from foretoken.errors import TrainingError
+from foretoken.lab.experiment import Figures
+from foretoken.loss import mtp_loss, scales, targets, valid_counts
+from foretoken.model import Model
+from foretoken.request import Request
+from foretoken.sampling import Sampling
+
+MOST_TIES = 0.03
+
+# What `targets` takes: tokens, document ids and label mask of windows, each (B, T + n).
+Sample = tuple[Tensor, Tensor, Tensor]
+
+
+def whole_sequences(tokens: Tensor, is_target: Tensor, n: int) -> Sample:
+    """Sequences (B, S), each a document, and which of their tokens are targets, as windows (B, S - 1 + n)."""
+    more = n - 1
+    document_ids = torch.nn.functional.pad(torch.zeros_like(tokens), (0, more), value=-1)
+    return (
+        torch.nn.functional.pad(tokens, (0, more)),
+        document_ids,
+        torch.nn.functional.pad(is_target, (0, more), value=False),
+    )
+
+
+@torch.no_grad()
+def answered(model: Model, tokens: Tensor, is_target: Tensor) -> Tensor:
+    """Of sequences (B, S), whether head 1's first choice is right at every target, given the true text before it (B,).
+
+    That is when greedy decoding from before the first target gives them all, where they stand in a row.
+    """
+    tokens, wanted = tokens.to(model.device), is_target[:, 1:].to(model.device)
+    choices = model.logits(model(tokens[:, :-1])[0]).argmax(-1)
+    right: Tensor = ((choices == tokens[:, 1:]) | ~wanted).all(1).cpu()
+    return right
+
+
+def answered_by_decoding(model: Model, tokens: Tensor, is_target: Tensor) -> Tensor:
+    """The same by the decode loop, (B,).
+
+    Raises TrainingError where drafts change an answer, on a CPU, where none may, or where more than a few in a hundred
+    differ from `answered`, which rounds differently and may part from it at near-ties.
+    """
+    rows = [
+        (row[: wanted.index(True)], row[wanted.index(True) :][: sum(wanted)])
+        for row, wanted in zip(tokens.tolist(), is_target.tolist(), strict=True)
+    ]
+    found = []
+    for drafts in dict.fromkeys((0, model.config.n_future - 1)):
+        requests = [Request(prompt, len(answer)) for prompt, answer in rows]
+        for _ in decode(model, requests, Sampling(), drafts, slots=64):
+            pass
+        right = [request.ids == answer for request, (_, answer) in zip(requests, rows, strict=True)]
+        found.append(torch.tensor(right))
+    if model.device.type == "cpu" and not torch.equal(found[0], found[-1]):
+        raise TrainingError("drafts changed what decoding answers")
+    if float((found[0] != answered(model, tokens, is_target)).float().mean()) > MOST_TIES:
+        raise TrainingError("decoding and scoring do not give the same answers")
+    return found[0]
+
+
+def fit(
+    model: Model,
+    sample: Callable[[int], Sample],
+    steps: int,
+    config: OptimConfig,
+    folder: Path,
+    *,
+    check: Callable[[int], Figures] | None = None,
+    check_every: int = 250,
+    enough: Callable[[Figures], bool] = lambda figures: False,
+    save_every: int = 500,
+) -> list[Figures]:
+    """Train on windows that are a function of the step; heads count equally, as in the paper.
+
+    check: figures after every `check_every` steps and at the end, which are returned with the step and the heads'
+    losses in nats; training ends early where they are `enough`. Parameters that need no gradient stay. What is saved
+    in `folder` after every `save_every` steps lets a later call go on as if never stopped.
+    """
+    state = folder / "state.pt"
+    optimizers = optim.make_optimizers(model, config)
+    history: list[Figures] = []
+    begun = 0
+    if state.exists():
+        saved = torch.load(state, map_location=model.device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        begun, history = saved["step"], saved["history"]
+    ended = bool(history) and (enough(history[-1]) or begun == steps)
+    for step in range(begun, steps if not ended else begun):
+        losses = _update(model, optimizers, sample(step), step, steps, config)
+        done = step + 1
+        if check is not None and (done % check_every == 0 or done == steps):
+            model.eval()
+            history.append({"step": done, "losses": losses(), **check(done)})
+            model.train()
+        ended = done == steps or (bool(history) and history[-1]["step"] == done and enough(history[-1]))
+        if ended or done % save_every == 0:
+            _save(state, model, optimizers, done, history)
+        if ended:
+            break
+    return history
+
+
+def _update(
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    window: Sample,
+    step: int,
+    steps: int,
+    config: OptimConfig,
+) -> Callable[[], list[float]]:
+    """One step; gives the heads' mean losses when they are asked for."""
+    tokens, document_ids, label_mask = (part.to(model.device) for part in window)
+    n = model.config.n_future
+    labels = targets(tokens, document_ids, label_mask, n)
+    counts = valid_counts(labels)
+    optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, steps, config))
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        hidden = model(tokens, length=tokens.size(1) - n)
+        output = mtp_loss(hidden, model.lm_head.weight, labels, scales([1.0] * n, counts))
+    output.total.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return lambda: (output.sums / counts.clamp(min=1)).tolist()
+
+
+def _save(path: Path, model: Model, optimizers: list[torch.optim.Optimizer], step: int, history: list[Figures]) -> None:
+    partial = path.with_suffix(".partial")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "history": history}, partial)
+    os.replace(partial, path)
