@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from foretoken import __version__
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
-from foretoken.files import read_json, write_json
+from foretoken.files import read_json, to_disk, write_json
 from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, Stored, read_tensors, save_tensors
 from foretoken.model import Model
@@ -47,6 +47,18 @@ class Provenance:
     imported_from: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint directory will hold. Tensors are whole, and in the first process alone."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    provenance: Provenance
+    training: Mapping[str, Tensor] | None
+    unlogged: Mapping[str, Any]
+
+
 def save_checkpoint(
     directory: str | Path,
     model: Model,
@@ -63,21 +75,34 @@ def save_checkpoint(
     its last record, part of the training state. Raises CheckpointError when it cannot be written; then nothing is left
     behind. world: all its processes must call this; the first one writes.
     """
-    target = Path(directory)
-    state = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    training = dict(optimizer_tensors(model, optimizers)) if optimizers else None
-
-    def write() -> None:
-        _save(target, model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
-
-    world.first_does(write)
-    return target
+    contents = gather_checkpoint(model, tokenizer, provenance, optimizers, unlogged, world)
+    world.first_does(lambda: write_checkpoint(Path(directory), contents))
+    return Path(directory)
 
 
-def _save(
-    target: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, provenance: Provenance,
-    training: Mapping[str, Tensor] | None, unlogged: Mapping[str, Any] | None,
-) -> None:  # fmt: skip
+def gather_checkpoint(
+    model: Model, tokenizer: Tokenizer, provenance: Provenance | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (), unlogged: Mapping[str, Any] | None = None, world: World = ALONE,
+    copy: bool = False,
+) -> Contents:  # fmt: skip
+    """What `save_checkpoint` writes; all processes must call this.
+
+    copy: into main memory, so that it stays what it is while training goes on. Sharded tensors are brought there in any
+    case, one by one, so that no device holds more than one of them whole.
+    """
+    moved = copy or world.size > 1
+
+    def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        wholes = ((name, whole(tensor.detach())) for name, tensor in tensors)
+        return {name: full.to("cpu", copy=copy) if moved else full for name, full in wholes if world.first}
+
+    state = gathered(model.named_parameters())
+    training = gathered(optimizer_tensors(model, optimizers)) if optimizers else None
+    return Contents(model.config, state, tokenizer, provenance or Provenance(), training, unlogged or {})
+
+
+def write_checkpoint(target: Path, contents: Contents) -> None:
+    """Write what `gather_checkpoint` gave, as `save_checkpoint` says; in the first process."""
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
     name = f".{target.name}.incomplete-{os.getpid()}"
@@ -85,7 +110,10 @@ def _save(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        write_files(staging, config, state, tokenizer, provenance, training, unlogged)
+        write_files(
+            staging, contents.config, contents.state, contents.tokenizer, contents.provenance, contents.training,
+            contents.unlogged,
+        )  # fmt: skip
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
                 shutil.rmtree(target / folder, ignore_errors=True)
@@ -108,6 +136,7 @@ def write_files(
     if training is not None:
         files |= write_train_state(folder, training, unlogged or {})
     _write_provenance(folder, provenance, files, tokenizer)
+    to_disk(folder)
 
 
 def _write(

@@ -153,6 +153,7 @@ class TrainConfig(Section):
     eval_windows: int = Field(default=64, ge=1)
     save_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
+    async_save: bool = Field(default=True, description="write while training goes on; takes a copy in main memory")
     tensorboard: bool = False
     wandb_project: str | None = None
 

@@ -28,13 +28,14 @@ from foretoken.chat import chat_template
 from foretoken.config import DataConfig
 from foretoken.errors import ConfigError, DataError
 from foretoken.framing import framed
+from foretoken.files import digests
 from foretoken.sources import Document, Split, documents, source_files, split_documents
 from foretoken.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Document", "Split", "Tokens", "Windows", "documents", "prepare", "split_documents"]
 
 SHARD_TOKENS = 64 * 2**20
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22
 _ROW = 5  # numbers per document, see Tokens.rows
 
@@ -101,19 +102,21 @@ class Tokens:
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, split: Split, progress: Callable[[int], None] | None = None
-) -> Tokens:
+    config: DataConfig, tokenizer: Tokenizer, split: Split, progress: Callable[[int], None] | None = None,
+    verify: bool = True,
+) -> Tokens:  # fmt: skip
     """The tokens of a split, from the cache or, the first time, from the sources.
 
     Both splits are written in one pass that holds one chunk of documents in memory; `progress` hears how many tokens
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
-    A folder that is not as its meta.json says is made anew. Raises DataError for an empty split.
+    A folder that is not as its meta.json says is made anew, to the last bit where `verify` reads all its files for their
+    digests. Raises DataError for an empty split.
     """
     if config.messages_field is not None:
         chat_template(tokenizer)  # fails at once
     root = _cache_root(config)
     folder = root / _cache_key(config, tokenizer)
-    tokens = _open(folder, split)
+    tokens = _open(folder, split, verify)
     if tokens is None:
         building = root / f".{folder.name}-{uuid.uuid4().hex}"
         try:
@@ -164,8 +167,8 @@ def _install(building: Path, folder: Path, split: Split) -> Tokens:
     return tokens
 
 
-def _open(folder: Path, split: Split) -> Tokens | None:
-    """The tokens in a cache folder; None where it is missing or a file is not as long as meta.json says."""
+def _open(folder: Path, split: Split, verify: bool = True) -> Tokens | None:
+    """The tokens in a cache folder; None where it is missing or a file is not as meta.json says."""
     try:
         values = json.loads((folder / "meta.json").read_text(encoding="utf-8"))[split]
         total, count, per_shard = values["total"], values["documents"], values["shard_tokens"]
@@ -173,6 +176,8 @@ def _open(folder: Path, split: Split) -> Tokens | None:
         shards = [_map(_shard(folder, split, i), values["dtype"], n) for i, n in enumerate(lengths)]
         rows = _map(folder / f"{split}-documents.bin", "<i8", count * _ROW).reshape(count, _ROW)
         gaps = _map(folder / f"{split}-gaps.bin", "<i8", values["gaps"])
+        if verify and digests(folder.glob(f"{split}-*.bin")) != values["sha256"]:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Tokens(total, count, values["fingerprint"], tuple(values["domains"]), rows, tuple(shards), per_shard, gaps)
@@ -220,6 +225,7 @@ def _write(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Cal
             "fingerprint": written.digest.hexdigest(),
             "dtype": dtype,
             "shard_tokens": SHARD_TOKENS,
+            "sha256": digests(folder.glob(f"{split}-*.bin")),
         }
         for split, written in splits.items()
     }

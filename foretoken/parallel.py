@@ -23,11 +23,12 @@ from foretoken.model import Model
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`, and where it computes."""
+    """This process among `size`, where it computes, and a store of names and values that all of them see."""
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -81,9 +82,11 @@ def join_world(device: str) -> World:
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
+    store: dist.Store | None = None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return World(dist.get_rank(), size, here)
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    return World(dist.get_rank(), size, here, store)
 
 
 def shard(model: Model, world: World, within: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from foretoken import metrics
-from foretoken.checkpoint import newest_step
+from foretoken.checkpoint import newest_step, step_checkpoints
 from foretoken.config import Recipe
 from foretoken.data import Tokens
 from foretoken.errors import CheckpointError, ConfigError
@@ -15,7 +16,10 @@ from foretoken.files import read_json
 from foretoken.train_state import TRAIN_STATE
 
 # What may differ between a run and its continuation: these decide what is written and where, not what is learned.
-FREE_TO_CHANGE = ("cache_dir", "log_every", "save_every", "keep_checkpoints", "device", "compile")
+# Micro-batches change the rounding of sums alone, and a run that has met the end of its memory needs smaller ones.
+FREE_TO_CHANGE = (
+    "cache_dir", "log_every", "save_every", "keep_checkpoints", "async_save", "device", "compile", "micro_batch_size",
+)  # fmt: skip
 
 
 def check_folder(run: Path, resume: bool) -> None:
@@ -51,6 +55,19 @@ def check_same_run(checkpoint: Path, recipe: Recipe, tokens: Tokens) -> None:
                 )
     if stored.get("data_fingerprint") != tokens.fingerprint:
         raise ConfigError(f"{checkpoint}: the data have changed since; resume needs the same documents")
+
+
+@contextmanager
+def offering_older(checkpoint: Path | None) -> Iterator[None]:
+    """Around what reads the checkpoint that a run goes on from: a CheckpointError says what to do without it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if checkpoint is None:
+            raise
+        older = [path for path in step_checkpoints(checkpoint.parent) if path != checkpoint]
+        advice = f"delete {checkpoint} and --resume goes on from {older[-1].name}" if older else "none older is there"
+        raise CheckpointError(f"{error}; {advice}") from None
 
 
 def what_is_left(run: Path) -> str:

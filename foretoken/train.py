@@ -24,19 +24,20 @@ from foretoken.checkpoint import (
     load_train_state,
     newest_step,
     prune,
-    save_checkpoint,
 )
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Batch, Split, Tokens, Windows, prepare
 from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import ConfigError, DataError, TrainingError
+from foretoken.failure import explained
 from foretoken.files import read_json
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.packing import restarted_positions
 from foretoken.parallel import ALONE, World, join_world, shard
-from foretoken.run_folder import check_folder, check_same_run, what_is_left
+from foretoken.run_folder import check_folder, check_same_run, offering_older
+from foretoken.saver import Saver
 from foretoken.tokenizer import Tokenizer, from_config
 
 
@@ -69,22 +70,23 @@ def train(
     report({"kind": "prepare"})
     batches, held_out = _data(recipe, tokenizer, world)
     start = newest_step(run) if resume else None
-    if start is not None:
-        check_same_run(start, recipe, batches.tokens)
-    world.first_does(lambda: _make_folder(run, config))
-
     meter = _meter(recipe, batches.tokens, world)
-    model, optimizers, step, last = _begin(start, recipe, model_config, world, meter)
+    with offering_older(start):
+        if start is not None:
+            check_same_run(start, recipe, batches.tokens)
+        model, optimizers, step, last = _begin(start, recipe, model_config, world, meter)
+    world.first_does(lambda: _make_folder(run, config))
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     size = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": size})
     began, first = time.perf_counter(), step
     marked, marked_step = began, step  # when the last record was made
-    with MetricsLog(run, step, recipe, report, not world.first) as log, _stop_signals() as stop:
+    log, saver = MetricsLog(run, step, recipe, report, not world.first), Saver(run, config, tokenizer, world)
+    with explained(run, config, world), log, _stop_signals() as stop, saver:
         while True:
-            norm = _update(model, optimizers, batches, step, recipe, meter, run, world)
+            norm = _update(model, optimizers, batches, step, recipe, meter, world)
             step += 1
-            finished, stopped = step == config.steps, world.any(bool(stop))
+            finished, stopped = step == config.steps, world.any(bool(stop) or saver.failed)
             if finished or step % config.log_every == 0:
                 now, per_step = time.perf_counter(), config.batch_size * config.seq_len
                 last = meter.take("train", step) | {
@@ -100,15 +102,14 @@ def train(
                 validation = _validate(model, held_out, recipe, step)
                 log.write(validation)
             if finished:
-                save_checkpoint(run, model, tokenizer, provenance(step, validation), world=world)
+                saver.finish(model, provenance(step, validation))
                 retrofit.check_trained(run, model, recipe.model, config.seed)
                 world.first_does(lambda: prune(run, config.keep_checkpoints - 1))
                 return TrainResult(run, step, True, time.perf_counter() - began, validation)
             if stopped or step % config.save_every == 0:
-                path = run / f"{STEP_PREFIX}{step}"
-                save_checkpoint(path, model, tokenizer, provenance(step, last), optimizers, meter.state(), world)
-                world.first_does(lambda: prune(run, config.keep_checkpoints))
+                path = saver.save(step, model, provenance(step, last), optimizers, meter.state())
             if stopped:
+                saver.wait()
                 return TrainResult(path, step, False, time.perf_counter() - began, last)
 
 
@@ -173,7 +174,7 @@ def _data(recipe: Recipe, tokenizer: Tokenizer, world: World) -> tuple[Windows, 
     found: list[Windows] = []
 
     def read() -> None:
-        found[:] = _windows(recipe, tokenizer, "train"), _windows(recipe, tokenizer, "validation")
+        found[:] = (_windows(recipe, tokenizer, split, world.first) for split in ("train", "validation"))
 
     world.first_does(read)
     if not world.first:
@@ -188,7 +189,6 @@ def _update(
     step: int,
     recipe: Recipe,
     meter: Meter,
-    run: Path,
     world: World,
 ) -> float:
     """One step of training; returns the gradient's norm before clipping. A loss that is no number updates nothing."""
@@ -202,10 +202,10 @@ def _update(
             meter.add(output, counts, part.document_ids)
     for depth, value in enumerate(world.total(meter.sums["loss"]).tolist()):
         if not math.isfinite(value):
-            raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}; {what_is_left(run)}")
+            raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
     if not math.isfinite(norm):
-        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}; {what_is_left(run)}")
+        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}")
     for optimizer in optimizers:
         optimizer.step()
     return norm
@@ -284,10 +284,10 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
     return meter.take("validation", step)
 
 
-def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Windows:
+def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split, verify: bool) -> Windows:
     """The windows of a split; those of validation come in an order that is no part of the run's seed."""
     config, n = recipe.train, recipe.offsets[-1]
-    tokens = prepare(recipe.data, tokenizer, split)
+    tokens = prepare(recipe.data, tokenizer, split, verify=verify)
     try:
         if split == "train":
             return Windows(tokens, config.seq_len, n, config.batch_size, config.seed)

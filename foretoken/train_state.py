@@ -13,7 +13,7 @@ from foretoken.errors import CheckpointError
 from foretoken.files import read_json, write_json
 from foretoken.formats.safetensors import read_file, save_tensors
 from foretoken.model import Model
-from foretoken.parallel import like, whole
+from foretoken.parallel import like
 
 TRAIN_STATE = "train_state"
 
@@ -56,9 +56,9 @@ def read_train_state(
 
 
 def optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """What the optimisers hold, whole where it is sharded, by parameter and key."""
+    """What the optimisers hold, by parameter and key."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, value in state.items():
-                yield f"{names[id(p)]}/{key}", whole(value.detach())
+                yield f"{names[id(p)]}/{key}", value

@@ -375,12 +375,20 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "train-tokens-00000.bin": shorten,
     "train-documents.bin": shorten,
     "meta.json": shorten,
     "train-tokens-00000.bin, longer": lambda path: path.write_bytes(path.read_bytes() + b"xx"),
     "train-documents.bin, gone": Path.unlink,
+    "train-tokens-00000.bin, a bit": flip,
+    "train-documents.bin, a bit": flip,
     "meta.json, gone": Path.unlink,
     "meta.json, other": lambda path: path.write_text('{"train": {}}'),
 }
@@ -396,6 +404,16 @@ def test_tampered_cache_is_made_anew(name: str, tmp_path: Path) -> None:
     assert texts(prepare(settings_, BYTES, "train")) == splits(settings_)[0]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
     assert [*(tmp_path / "cache").iterdir()] == [folder]
+
+
+def test_one_of_several_processes_reads_all_for_its_digests(tmp_path: Path) -> None:
+    """The others take the files as they are, where they have the right length."""
+    settings_ = config(tmp_path, many(tmp_path))
+    whole = texts(prepare(settings_, BYTES, "train"))
+    (folder,) = (tmp_path / "cache").iterdir()
+    flip(folder / "train-tokens-00000.bin")
+    assert texts(prepare(settings_, BYTES, "train", verify=False)) != whole
+    assert texts(prepare(settings_, BYTES, "train")) == whole
 
 
 def test_two_that_prepare_at_once(tmp_path: Path) -> None:

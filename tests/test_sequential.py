@@ -40,6 +40,7 @@ from foretoken.errors import CheckpointError, ConfigError
 from foretoken.evaluate import evaluate
 from foretoken.model import ALL_SHARED, Model, Stepper
 from foretoken.sampling import Sampling
+from foretoken.saver import Saver
 from foretoken.sources import Document
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.train import train
@@ -499,7 +500,7 @@ def test_stopped_and_resumed_is_never_stopped(corpus: Path, tmp_path: Path) -> N
                     "model.head_init=last_block", 'loss.head_gradients=["unembedding"]')  # fmt: skip
     train(wanted, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foretoken.train.save_checkpoint", stop_after(4))
+        patch.setattr(Saver, "save", stop_after(4))
         with pytest.raises(KeyboardInterrupt):
             train(wanted, tmp_path / "run")
     assert finish(wanted, tmp_path / "run").finished
@@ -507,10 +508,12 @@ def test_stopped_and_resumed_is_never_stopped(corpus: Path, tmp_path: Path) -> N
     assert records(tmp_path / "whole") == records(tmp_path / "run")
 
 
-def stop_after(step: int) -> Callable[..., Path]:
-    def save(path: Path, *rest: Any) -> Path:
-        saved = save_checkpoint(path, *rest)
-        if path.name == f"checkpoint-{step}":
+def stop_after(last: int) -> Callable[..., Path]:
+    real = Saver.save
+
+    def save(saver: Saver, step: int, *rest: Any) -> Path:
+        saved = real(saver, step, *rest)
+        if step == last:
             raise KeyboardInterrupt
         return saved
 

@@ -259,12 +259,13 @@ def test_nan_names_the_head_and_keeps_the_last_checkpoint(corpus: Path, tmp_path
         kept.update(content(run))
         model.heads[head - 1].mlp.down_proj.weight.data[0, 0] = math.nan
 
+    wanted = recipe(corpus, "train.save_every=2", "train.log_every=1", "train.async_save=false")
     with at_step(3, poison), pytest.raises(TrainingError) as error:
-        train(recipe(corpus, "train.save_every=2", "train.log_every=1"), run)
+        train(wanted, run)
     assert str(error.value) == f"step 4: the loss of head {head} is nan; the last good checkpoint is {run}/checkpoint-2"
     assert content(run) == kept
     check_loads(run)
-    assert finish(recipe(corpus, "train.save_every=2", "train.log_every=1"), run).finished
+    assert finish(wanted, run).finished
 
 
 def test_gradient_that_is_no_number_stops_too(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +292,8 @@ def test_resume_with_another_recipe_names_the_key(corpus: Path, tmp_path: Path, 
 def test_resume_may_change_how_often_is_saved(corpus: Path, tmp_path: Path) -> None:
     train(recipe(corpus, "train.steps=6"), tmp_path / "whole")
     stopped(corpus, tmp_path / "run", 2, "train.steps=6")
-    finish(recipe(corpus, "train.steps=6", "train.save_every=1", "train.log_every=1"), tmp_path / "run")
+    more = ("train.save_every=1", "train.log_every=1", "train.async_save=false")
+    finish(recipe(corpus, "train.steps=6", *more), tmp_path / "run")
     assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
@@ -345,7 +347,8 @@ def test_corpus_shorter_than_a_window_is_found_before_training(
 
 def test_old_checkpoints_are_removed(corpus: Path, tmp_path: Path) -> None:
     run, seen = tmp_path / "run", []
-    wanted = recipe(corpus, "train.steps=6", "train.save_every=1", "train.keep_checkpoints=2", "train.log_every=1")
+    more = ("train.save_every=1", "train.keep_checkpoints=2", "train.log_every=1", "train.async_save=false")
+    wanted = recipe(corpus, "train.steps=6", *more)
     train(wanted, run, report=lambda record: seen.append([path.name for path in step_checkpoints(run)]))
     assert seen[2:] == [
         [],
