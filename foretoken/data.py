@@ -4,8 +4,7 @@
 2. Each document goes to the train or the validation split (sources.split_documents).
 3. Both splits are tokenised once into memory-mapped shards, with every document's bounds beside them, in a cache
    folder that appears by one rename when it is complete (`prepare`).
-4. A batch is a pure function of (seed, step, rank, world_size) on those shards (`Windows.batch`). There is no loader
-   state: to resume at a step is to ask for its batch.
+4. A batch is a pure function of (seed, step, rank, world_size) on those shards (windows.py).
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from foretoken.chat import chat_template
 from foretoken.config import DataConfig
-from foretoken.errors import ConfigError, DataError
-from foretoken.framing import framed
+from foretoken.errors import DataError
 from foretoken.files import digests
+from foretoken.framing import framed
 from foretoken.sources import Document, Split, documents, source_files, split_documents
 from foretoken.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Document", "Split", "Tokens", "Windows", "documents", "prepare", "split_documents"]
+__all__ = ["Document", "Split", "Tokens", "documents", "prepare", "split_documents"]
 
 SHARD_TOKENS = 64 * 2**20
 _FORMAT = 2
@@ -109,8 +107,8 @@ def prepare(
 
     Both splits are written in one pass that holds one chunk of documents in memory; `progress` hears how many tokens
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
-    A folder that is not as its meta.json says is made anew, to the last bit where `verify` reads all its files for their
-    digests. Raises DataError for an empty split.
+    A folder that is not as its meta.json says is made anew; with `verify` all its files are read for their digests.
+    Raises DataError for an empty split.
     """
     if config.messages_field is not None:
         chat_template(tokenizer)  # fails at once
@@ -269,88 +267,3 @@ def _append(folder: Path, split: Split, written: _Written, tokenizer: Tokenizer,
         with _shard(folder, split, index).open("ab") as file:
             file.write(part.tobytes())
         written.total += len(part)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Windows of T + n tokens, each (B, T + n): position t's targets are tokens t+1..t+n.
-
-    `document_ids` tells the documents of a window apart and is -1 where the epoch has ended; there the token is 0 and
-    `label_mask` false, as it is for prompts.
-    """
-
-    tokens: torch.Tensor
-    document_ids: torch.Tensor
-    label_mask: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    documents: NDArray[np.int64]  # in stream order
-    ends: NDArray[np.int64]  # of those documents, in the stream
-    windows: NDArray[np.int64]
-
-
-class Windows:
-    """Batches of windows, a pure function of the arguments and of (step, rank, world_size).
-
-    An epoch is a stream of all documents in an order drawn from (seed, epoch). Windows start at multiples of T
-    (`seq_len`) and carry n (`n_future`) tokens more, which the next window repeats, so every token of an epoch is the
-    input of exactly one position and every target that exists is there; the last window is padded. The order of the
-    windows is drawn too. With `shuffle=False` documents and windows keep their order, in every epoch.
-
-    Raises DataError for a corpus shorter than one window.
-    """
-
-    def __init__(
-        self, tokens: Tokens, seq_len: int, n_future: int, batch_size: int, seed: int, shuffle: bool = True
-    ) -> None:
-        if tokens.total < seq_len + n_future:
-            raise DataError(f"corpus has {tokens.total} tokens, one window needs {seq_len + n_future}")
-        self.tokens, self.seq_len, self.n_future = tokens, seq_len, n_future
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self._epochs: dict[int, _Epoch] = {}  # the newest two: drawing an order reads all document bounds
-
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows that use every token once as an input."""
-        return -(-self.tokens.total // self.seq_len)
-
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """This rank's share of step `step`: B = batch_size / world_size windows, the ranks' one after the other.
-
-        Raises ConfigError where world_size does not divide batch_size.
-        """
-        if self.batch_size % world_size:
-            raise ConfigError(f"batch_size = {self.batch_size} is not a multiple of the {world_size} processes")
-        share = self.batch_size // world_size
-        numbers = step * self.batch_size + rank * share + np.arange(share)
-        epochs, windows = np.divmod(numbers, self.windows_per_epoch)
-        parts = [self._read(int(epoch), windows[epochs == epoch]) for epoch in np.unique(epochs)]
-        tokens, document_ids, label_mask = (
-            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
-        )
-        return Batch(tokens, document_ids, label_mask)
-
-    def _read(self, epoch: int, windows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        order = self._epoch(epoch)
-        positions = order.windows[windows][:, None] * self.seq_len + np.arange(self.seq_len + self.n_future)
-        exists = positions < self.tokens.total  # both (B, T + n), in the stream
-        positions = np.minimum(positions, self.tokens.total - 1)
-        slots = np.searchsorted(order.ends, positions, side="right")
-        rows = self.tokens.rows[order.documents[slots]]  # (B, T + n, 5)
-        offsets = positions - order.ends[slots] + rows[..., 1] - rows[..., 0]  # in the document
-        places = rows[..., 0] + offsets  # in the corpus
-        tokens = np.where(exists, self.tokens.gather(places), 0)
-        return tokens, np.where(exists, slots, -1), exists & (offsets >= rows[..., 2]) & ~self.tokens.in_gap(places)
-
-    def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            documents, windows = np.arange(self.tokens.documents), np.arange(self.windows_per_epoch)
-            if self.shuffle:
-                random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-                documents, windows = random.permutation(documents), random.permutation(windows)
-            lengths = self.tokens.rows[:, 1] - self.tokens.rows[:, 0]
-            self._epochs = dict([*self._epochs.items()][-1:])
-            self._epochs[epoch] = _Epoch(documents, np.cumsum(lengths[documents]), windows)
-        return self._epochs[epoch]

@@ -26,7 +26,7 @@ from foretoken.checkpoint import (
     prune,
 )
 from foretoken.config import ModelConfig, Recipe, TrainConfig
-from foretoken.data import Batch, Split, Tokens, Windows, prepare
+from foretoken.data import Split, Tokens, prepare
 from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import ConfigError, DataError, TrainingError
 from foretoken.failure import explained
@@ -39,6 +39,7 @@ from foretoken.parallel import ALONE, World, join_world, shard
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
 from foretoken.tokenizer import Tokenizer, from_config
+from foretoken.windows import Batch, Windows
 
 
 @dataclass(frozen=True)

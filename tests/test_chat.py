@@ -22,7 +22,7 @@ from foretoken.chat import BREAK, Chat, ChatTemplate
 from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.completion import generate
 from foretoken.config import DataConfig
-from foretoken.data import Windows, prepare
+from foretoken.data import prepare
 from foretoken.errors import DataError
 from foretoken.evaluate import agreements, evaluate, evaluation_documents, walk
 from foretoken.loss import targets
@@ -30,6 +30,7 @@ from foretoken.recipe import load_recipe
 from foretoken.sources import Document, documents, split_documents
 from foretoken.tokenizer import Tokenizer, byte_tokenizer
 from foretoken.train import train
+from foretoken.windows import Windows
 
 Messages = list[dict[str, Any]]
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from foretoken import data, sources
 from foretoken.config import DataConfig
-from foretoken.data import Tokens, Windows, prepare
+from foretoken.data import Tokens, prepare
 from foretoken.errors import ConfigError, DataError
 from foretoken.sources import Document, documents, split_documents
 from foretoken.tokenizer import byte_tokenizer, train_bpe
+from foretoken.windows import Windows
 
 BYTES = byte_tokenizer()
 

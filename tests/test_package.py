@@ -33,6 +33,7 @@ ORDER = [
     "sources",
     "framing",
     "data",
+    "windows",
     "cache",
     "sampling",
     "packing",

@@ -27,10 +27,10 @@ from foretoken import heads, packing
 from foretoken import train as training
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import TrainConfig
-from foretoken.data import Batch
 from foretoken.loss import LossOutput, mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.recipe import load_recipe
+from foretoken.windows import Batch
 
 N = 4  # heads of the models here
 dense = packing.dense_mask

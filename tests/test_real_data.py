@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from foretoken.config import DataConfig
-from foretoken.data import Windows, prepare
+from foretoken.data import prepare
 from foretoken.sources import split_documents
 from foretoken.tokenizer import byte_tokenizer
+from foretoken.windows import Windows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data beside the checkout")

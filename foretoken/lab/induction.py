@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from foretoken.config import DataConfig, ModelConfig, OptimConfig
-from foretoken.data import Windows, prepare, split_documents
+from foretoken.data import prepare, split_documents
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.fit import Sample, fit
 from foretoken.lab.intervals import Table, difference, mean
@@ -27,6 +27,7 @@ from foretoken.lab.story import NAMES, story, two_names
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer, train_bpe
 from foretoken.tokenizer import load as load_tokenizer
+from foretoken.windows import Windows
 
 SHAPES = {"1M": (128, 5, 4), "3M": (256, 4, 8), "10M": (384, 6, 8), "30M": (512, 10, 8), "toy": (32, 3, 2)}
 # The paper's figure 7, both runs, 90 epochs of an unnamed set of stories: n = 1 and n = 2.

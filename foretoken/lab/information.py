@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from foretoken.checkpoint import load_checkpoint
-from foretoken.data import Windows
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, mean
 from foretoken.lab.text import LARGE, SMALL, on, recipe_of, train_or_resume, windows_of
 from foretoken.loss import targets
 from foretoken.model import Model
+from foretoken.windows import Windows
 
 BEFORE, BEHIND = 4, 8  # tokens around a choice point
 

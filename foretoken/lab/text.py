@@ -16,7 +16,7 @@ from torch import Tensor
 from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import Recipe
-from foretoken.data import Batch, Windows, prepare
+from foretoken.data import prepare
 from foretoken.display import Display
 from foretoken.errors import DataError
 from foretoken.evaluate import evaluate, evaluation_documents
@@ -29,6 +29,7 @@ from foretoken.recipe import load_recipe
 from foretoken.sources import Document
 from foretoken.tokenizer import Tokenizer
 from foretoken.train import train
+from foretoken.windows import Batch, Windows
 
 # What makes the recipe `demo` a matter of seconds; and one for a GPU.
 SMALL = [
