@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken import __version__
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json, to_disk, write_json
@@ -27,6 +25,7 @@ from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, Stored, read_tensors, save_tensors
 from foretoken.model import Model
 from foretoken.parallel import ALONE, World, whole
+from foretoken.provenance import Provenance, recorded_digests, write_provenance
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 from foretoken.train_state import TRAIN_STATE, optimizer_tensors, read_train_state, write_train_state
@@ -34,17 +33,6 @@ from foretoken.train_state import TRAIN_STATE, optimizer_tensors, read_train_sta
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
 HEADS = "mtp_heads"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a checkpoint comes from, written to foretoken.json."""
-
-    recipe: Mapping[str, Any] | None = None
-    data_fingerprint: str | None = None
-    step: int | None = None
-    metrics: Mapping[str, Any] | None = None
-    imported_from: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,7 @@ def write_files(
     files = _write(folder, config, state, tokenizer)
     if training is not None:
         files |= write_train_state(folder, training, unlogged or {})
-    _write_provenance(folder, provenance, files, tokenizer)
+    write_provenance(folder, provenance, files, tokenizer)
     to_disk(folder)
 
 
@@ -159,24 +147,6 @@ def _write(
         files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
         write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
     return files
-
-
-def _write_provenance(folder: Path, provenance: Provenance, files: Mapping[str, str], tokenizer: Tokenizer) -> None:
-    write_json(
-        folder / "foretoken.json",
-        {
-            "foretoken_version": __version__,
-            "torch_version": torch.__version__,
-            "git_commit": _git_commit(),
-            "step": provenance.step,
-            "recipe": provenance.recipe,
-            "data_fingerprint": provenance.data_fingerprint,
-            "metrics": provenance.metrics,
-            "imported_from": provenance.imported_from,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "sha256": files,
-        },
-    )
 
 
 def load_checkpoint(
@@ -330,34 +300,12 @@ def _read_renamed(
     ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """The tensors in `folder`/`prefix` under our names, which `names` maps theirs to."""
-    digests = {
-        name.removeprefix(prefix): digest for name, digest in _digests(folder).items() if name.startswith(prefix)
-    }
+    recorded = recorded_digests(folder).items()
+    digests = {name.removeprefix(prefix): digest for name, digest in recorded if name.startswith(prefix)}
     stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored)
     return {names[new]: tensor for new, tensor in stored.items()}
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weight files by name, as foretoken.json records them; none for another program's checkpoint."""
-    path = folder / "foretoken.json"
-    digests = read_json(path).get("sha256", {}) if path.exists() else {}
-    if not isinstance(digests, dict):
-        raise CheckpointError(f"{path}: sha256 must be an object")
-    return digests
-
-
 def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Give the optimisers, made for `model`, the state saved in `folder`; see `read_train_state`."""
-    return read_train_state(folder, model, optimizers, _digests(folder))
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree this package runs from, None for an installed one."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    return read_train_state(folder, model, optimizers, recorded_digests(folder))

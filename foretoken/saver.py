@@ -13,7 +13,6 @@ import torch
 from foretoken.checkpoint import (
     STEP_PREFIX,
     Contents,
-    Provenance,
     gather_checkpoint,
     prune,
     save_checkpoint,
@@ -23,6 +22,7 @@ from foretoken.config import TrainConfig
 from foretoken.errors import ForetokenError
 from foretoken.model import Model
 from foretoken.parallel import World
+from foretoken.provenance import Provenance
 from foretoken.tokenizer import Tokenizer
 
 

@@ -19,7 +19,6 @@ import torch
 from foretoken import metrics, optim, retrofit
 from foretoken.checkpoint import (
     STEP_PREFIX,
-    Provenance,
     load_model,
     load_train_state,
     newest_step,
@@ -36,6 +35,7 @@ from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.packing import restarted_positions
 from foretoken.parallel import ALONE, World, join_world, shard
+from foretoken.provenance import Provenance
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
 from foretoken.tokenizer import Tokenizer, from_config

@@ -23,10 +23,11 @@ from torch import Tensor
 
 import foretoken
 from foretoken import checkpoint as checkpoints
-from foretoken.checkpoint import Provenance, describe, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from foretoken.checkpoint import describe, find_checkpoint, load_checkpoint, prune, save_checkpoint
 from foretoken.errors import CheckpointError, ForetokenError
 from foretoken.formats import safetensors as files
 from foretoken.model import Model
+from foretoken.provenance import Provenance
 from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")

@@ -54,6 +54,7 @@ ORDER = [
     "formats.safetensors",
     "formats.hf",
     "train_state",
+    "provenance",
     "checkpoint",
     "retrofit",
     "attach",

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.checkpoint import Provenance, write_files
+from foretoken.checkpoint import write_files
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError
 from foretoken.files import new_directory
 from foretoken.formats.safetensors import Stored
 from foretoken.model import Model
+from foretoken.provenance import Provenance
 from foretoken.tokenizer import Tokenizer
 
 Progress = Callable[[str], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from foretoken import optim
 from foretoken.config import OptimConfig
 from foretoken.decode import decode
 from foretoken.errors import TrainingError
+from foretoken.formats.safetensors import FILE, read_file, save_tensors
 from foretoken.lab.experiment import Figures
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling
+from foretoken.train_state import optimizer_tensors, read_train_state, write_train_state
 
 MOST_TIES = 0.03
 
@@ -90,15 +93,13 @@ def fit(
     losses in nats; training ends early where they are `enough`. Parameters that need no gradient stay. What is saved
     in `folder` after every `save_every` steps lets a later call go on as if never stopped.
     """
-    state = folder / "state.pt"
+    state = folder / "state"
     optimizers = optim.make_optimizers(model, config)
     history: list[Figures] = []
     begun = 0
     if state.exists():
-        saved = torch.load(state, map_location=model.device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+        model.load_state_dict(read_file(state / FILE, None))
+        saved = read_train_state(state, model, optimizers, {})
         begun, history = saved["step"], saved["history"]
     ended = bool(history) and (enough(history[-1]) or begun == steps)
     for step in range(begun, steps if not ended else begun):
@@ -144,6 +145,9 @@ def _update(
 
 def _save(path: Path, model: Model, optimizers: list[torch.optim.Optimizer], step: int, history: list[Figures]) -> None:
     partial = path.with_suffix(".partial")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "history": history}, partial)
-    os.replace(partial, path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_tensors(partial / FILE, model.state_dict())
+    write_train_state(partial, dict(optimizer_tensors(model, optimizers)), {"step": step, "history": history})
+    shutil.rmtree(path, ignore_errors=True)  # a kill before the next line makes the run begin anew
+    os.rename(partial, path)
