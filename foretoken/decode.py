@@ -159,7 +159,9 @@ class Batch:
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys, self.tree)
         if self.pace is not None and longest:
             trees = [self.tree or chain(len(draft)) for draft in self.drafted]
-            self.pace.record(trees, turn.paths)
+            # Luck behind a row's own drafts says nothing of them.
+            paths = [path[: len(draft) + 1] for path, draft in zip(turn.paths, self.drafted, strict=True)]
+            self.pace.record(trees, paths)
         return turn
 
     def settle(self, turn: Turn) -> None:

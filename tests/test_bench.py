@@ -18,7 +18,7 @@ from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_promp
 from foretoken.bench_peers import Workload
 from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
-from foretoken.lab import acceptance
+from foretoken.lab import acceptance, retrofit
 from foretoken.model import Model
 from foretoken.tokenizer import byte_tokenizer
 
@@ -190,6 +190,9 @@ def test_docs_hold_the_tables_of_the_stored_training_steps() -> None:
     for name, shown in named:
         stored = json.loads((docs / name).read_text(encoding="utf-8"))
         assert bench_train.table(stored["rows"]) == shown
+    stored = json.loads((docs / "results" / "retrofit.json").read_text(encoding="utf-8"))
+    assert f"<!-- the table of results/retrofit.json -->\n{retrofit.table(stored['arms'])}\n<!-- end -->" in page
+    assert " ".join(page.split()).count(stored["command"]) == 1
 
 
 def test_training_steps(run: Run, tmp_path: Path) -> None:  # noqa: F811

@@ -11,14 +11,17 @@ from conftest import tiny_model
 from invariants import counts_add_up, same_output, sampling_law
 from test_decode import PROMPTS
 
+from foretoken import decode as decoding
 from foretoken.completion import generate, stream
 from foretoken.decode import decode
 from foretoken.drafters import Lookup, LookupDrafter, ModelDrafter, Source, looked_up, step_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.pace import Pace
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
+from foretoken.tree import Tree
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 REJECTION = Sampling(1.0, accept="rejection")
@@ -176,3 +179,23 @@ def test_wrong_drafts_change_nothing(drafter: type, monkeypatch: pytest.MonkeyPa
     )
     for a, b in zip(decoded(model, source, 3, Sampling(1.0)), plain, strict=True):
         same_output(a, b, 0.0)
+
+
+def test_luck_behind_a_short_lookup_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row with fewer drafts than its neighbour is filled up with token 0; here that is what the target picks."""
+    model = tiny_model(n_future=1)
+    model.lm_head.weight.data.zero_()  # all tokens are alike: the first is picked
+    seen: list[tuple[list[int], list[list[int]]]] = []
+
+    class Watched(Pace):
+        def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]]) -> None:
+            seen.append(([len(tree.parents) for tree in trees], [list(path) for path in paths]))
+            super().record(trees, paths)
+
+    monkeypatch.setattr(decoding, "step_pace", lambda *_: Watched([1.0] * 4))
+    requests = [Request([0, 0, 0, 0], 12), Request([5, 6, 7], 12)]
+    for _ in decode(model, requests, Sampling(), None, None, Lookup()):
+        pass
+    assert all(request.ids == [0] * 12 for request in requests)
+    assert seen[0] == ([1, 0], [[0, 1], [0]])
+    assert all(len(path) <= count + 1 for counts, paths in seen for count, path in zip(counts, paths, strict=True))

@@ -102,9 +102,10 @@ def test_retrofit_runs_and_resumes(
         return real(name, (*overrides, *more, *(shape if name == "demo" else ())))
 
     monkeypatch.setattr(retrofit, "load_recipe", small)
-    for name, value in (("RESPONSE", 8), ("TIMED", 5), ("MAX_TOKENS", 8), ("PROMPTS", 2), ("SCORED_BYTES", 600)):
+    sizes = {"RESPONSE": 8, "TIMED": 5, "SAMPLES_TIMED": 24, "MAX_TOKENS": 8, "PROMPTS": 2, "SCORED_BYTES": 600}
+    for name, value in sizes.items():
         monkeypatch.setattr(retrofit, name, value)
-    monkeypatch.setattr(retrofit, "step_seconds", lambda recipe: [1.0] * 5)
+    monkeypatch.setattr(head_kinds, "step_seconds", lambda recipe: [1.0] * 5)
     command = ["--data", f"{corpus}/text", "--out", str(tmp_path / "runs"), "--minutes", "0.1", "0.05"]
     command += ["--seeds", "0", "1", "--records", "40", "--result", str(tmp_path / "result.json")]
     retrofit.main(command)

@@ -17,7 +17,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,21 @@ def probe(out: Path, arms: Sequence[str], display: Display) -> dict[str, float]:
     path = out / "probe.json"
     if path.exists():
         return read_json(path)["seconds_per_step"]  # type: ignore[no-any-return]
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for number in range(PROBE_ROUNDS):
-        for arm in arms:
-            display.say(f"Timing steps: round {number + 1} of {PROBE_ROUNDS}, {arm}")
-            recipe = arm_recipe(arm, 0, PROBE_STEPS)
-            seconds[arm] += step_seconds(recipe)[3:]  # the first ones warm up
+    seconds = seconds_in_rounds({arm: arm_recipe(arm, 0, PROBE_STEPS) for arm in arms}, PROBE_ROUNDS, display)
     out.mkdir(parents=True, exist_ok=True)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     write_json(path, {"seconds_per_step": medians, "all": seconds, "machine": machine()})
     return medians
+
+
+def seconds_in_rounds(recipes: Mapping[str, Recipe], rounds: int, display: Display) -> dict[str, list[float]]:
+    """Seconds of training steps of every arm, one after the other in rounds, so that all meet the same machine."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in recipes}
+    for number in range(rounds):
+        for arm, recipe in recipes.items():
+            display.say(f"Timing steps: round {number + 1} of {rounds}, {arm}")
+            seconds[arm] += step_seconds(recipe)[3:]  # the first ones warm up
+    return seconds
 
 
 def step_seconds(recipe: Recipe) -> list[float]:

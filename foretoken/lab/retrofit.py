@@ -6,9 +6,10 @@
 2. data, soft, own: three heads on that model, frozen, for the second number: from the data's tokens, from head 1's
    distribution, and from head 1's distribution and the chance of acceptance on text that the model wrote itself.
 3. pretrained: a model with four heads, for the sum of both.
-Minutes are turned into steps by some timed ones of each arm at the beginning, in rounds; leave the machine alone until
-then. Figures: bits per byte of head 1 on held-out documents,
-and tokens per step of three drafts behind held-out prompts, greedy and at temperature 0.8. Finished runs are kept.
+Minutes are turned into steps by some timed ones of each arm at the beginning, in rounds: leave the machine alone until
+then. Writing its own text takes the model minutes that are not counted. Figures: bits per byte of head 1 on held-out
+documents, and tokens per step of three drafts behind held-out prompts, greedy and at temperature 0.8. Finished runs are
+kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from foretoken.display import Display
 from foretoken.distil_data import distil_data
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import read_json, write_json
-from foretoken.lab.head_kinds import step_seconds
+from foretoken.lab.head_kinds import seconds_in_rounds
 from foretoken.recipe import load_recipe
 from foretoken.train import train
 
@@ -41,7 +42,7 @@ ARMS = {
 }
 ADDED = ("data", "soft", "own")
 DRAFTS, PROMPTS, MAX_TOKENS, SCORED_BYTES = 3, 16, 200, 100_000
-PROBE, ROUNDS, TIMED = "probe.json", 5, 12
+PROBE, ROUNDS, TIMED, SAMPLES_TIMED = "probe.json", 5, 12, 48
 RESPONSE = 240  # tokens of the own samples, which with their prompt fit the demo's windows
 
 
@@ -55,12 +56,16 @@ class Experiment:
         """Of a run."""
         return self.out / f"{arm}-seed{self.seed}"
 
-    def recipe(self, arm: str, steps: int, probing: bool = False) -> Recipe:
+    @property
+    def samples(self) -> Path:
+        """The text that the base model wrote itself."""
+        return self.out / f"own-seed{self.seed}.jsonl"
+
+    def recipe(self, arm: str, steps: int) -> Recipe:
         """The demo's, but for what an arm changes; nothing is evaluated or saved on the way."""
         sets = [*ARMS[arm], f"train.seed={self.seed}", f"train.steps={steps}", f"train.save_every={steps + 1}"]
-        if arm == "own" and not probing:
-            own = f'data.source=["{self.out}/own-seed{self.seed}.jsonl"]'
-            sets += [own, "data.prompt_field=prompt", "data.response_field=response"]
+        if arm == "own":
+            sets += [f'data.source=["{self.samples}"]', "data.prompt_field=prompt", "data.response_field=response"]
         else:
             sets += [f'data.source=["{self.data}"]']
             sets += [f"data.split_field={self.split_field}"] if self.split_field else []
@@ -76,18 +81,22 @@ class Experiment:
         minutes = {"base": first, "pretrained": first + second}.get(arm, second)
         return max(2, round(60 * minutes / float(read_json(self.out / PROBE)["seconds_per_step"][arm])))
 
+    def write_samples(self, records: int, display: Display) -> None:
+        """Let the base model write as many as are not there yet."""
+        model, tokenizer = load_checkpoint(self.folder("base"), "bfloat16")
+        texts = [document.text for document in evaluation_documents(self.folder("base"), split="train")]
+        distil_data(
+            model, tokenizer, texts, self.samples, records=records, max_tokens=RESPONSE, temperature=1.0,
+            seed=1000 * self.seed, batch_size=16, display=display,
+        )  # fmt: skip
+
     def run(self, arm: str, records: int, display: Display) -> None:
         """Train an arm, if it is not there yet."""
         folder = self.folder(arm)
         if (folder / "config.json").exists():
             return
         if arm == "own":
-            model, tokenizer = load_checkpoint(self.folder("base"), "bfloat16")
-            texts = [document.text for document in evaluation_documents(self.folder("base"), split="train")]
-            distil_data(
-                model, tokenizer, texts, self.out / f"own-seed{self.seed}.jsonl", records=records, max_tokens=RESPONSE,
-                temperature=1.0, seed=1000 * self.seed, batch_size=16, display=display,
-            )  # fmt: skip
+            self.write_samples(records, display)
         steps = self.steps(arm)
         display.say(f"{folder.name}: {steps} steps")
         if not train(self.recipe(arm, steps), folder, resume=folder.exists(), report=display.record).finished:
@@ -122,11 +131,8 @@ def probe(experiment: Experiment, display: Display) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = Experiment(Path(folder), experiment.data, experiment.split_field, experiment.minutes, experiment.seed)
         train(trial.recipe("base", 2), trial.folder("base"))
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for number in range(ROUNDS):
-            for arm in ARMS:
-                display.say(f"Timing steps: round {number + 1} of {ROUNDS}, {arm}")
-                seconds[arm] += step_seconds(trial.recipe(arm, TIMED, probing=True))[3:]  # the first ones warm up
+        trial.write_samples(SAMPLES_TIMED, display)
+        seconds = seconds_in_rounds({arm: trial.recipe(arm, TIMED) for arm in ARMS}, ROUNDS, display)
     experiment.out.mkdir(parents=True, exist_ok=True)
     kept = {arm: statistics.quantiles(values)[0] for arm, values in seconds.items()}
     write_json(path, {"seconds_per_step": kept, "all": seconds, "machine": machine()})
@@ -184,9 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 experiment.run(arm, options.records, display)
                 found[arm].append(experiment.measure(arm, display))
         arms = report(found)
+        command = ["python -m foretoken.lab.retrofit --data", Path(options.data).name]
+        command += ["--split-field", options.split_field] if options.split_field else []
+        command += ["--minutes", *(f"{m:g}" for m in options.minutes), "--seeds", *map(str, options.seeds)]
         result = {
-            "command": f"python -m foretoken.lab.retrofit --data {Path(options.data).name} --minutes "
-            f"{options.minutes[0]:g} {options.minutes[1]:g} --seeds {' '.join(map(str, options.seeds))}",
+            "command": " ".join(command),
             "machine": read_json(options.out / PROBE)["machine"],
             "seeds": options.seeds,
             "steps": {arm: Experiment(options.out, "", None, options.minutes, 0).steps(arm) for arm in ARMS},
