@@ -26,11 +26,18 @@ from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json, write_json
 from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, read_tensors, save_tensors
+from foretoken.lora import merged
 from foretoken.model import Model
-from foretoken.parallel import ALONE, World, whole
+from foretoken.parallel import ALONE, World
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
-from foretoken.train_state import TRAIN_STATE, optimizer_tensors, read_train_state, write_train_state
+from foretoken.train_state import (
+    TRAIN_STATE,
+    read_adapters,
+    read_train_state,
+    training_tensors,
+    write_train_state,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
@@ -60,12 +67,12 @@ def save_checkpoint(
 
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
-    its last record, part of the training state. Raises CheckpointError when it cannot be written; then nothing is left
-    behind. world: all its processes must call this; the first one writes.
+    its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
+    call this; the first one writes. Raises CheckpointError when it cannot be written; then nothing is left behind.
     """
     target = Path(directory)
-    state = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    training = dict(optimizer_tensors(model, optimizers)) if optimizers else None
+    state = merged(model)
+    training = training_tensors(model, optimizers) if optimizers else None
 
     def write() -> None:
         _save(target, model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
@@ -76,7 +83,7 @@ def save_checkpoint(
 
 def _save(
     target: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, provenance: Provenance,
-    training: Mapping[str, Tensor] | None, unlogged: Mapping[str, Any] | None,
+    training: Mapping[str, Mapping[str, Tensor]] | None, unlogged: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
@@ -309,6 +316,11 @@ def _digests(folder: Path) -> dict[str, str]:
 def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Give the optimisers, made for `model`, the state saved in `folder`; see `read_train_state`."""
     return read_train_state(folder, model, optimizers, _digests(folder))
+
+
+def load_adapters(folder: Path, model: Model) -> None:
+    """Give the adapters of `model` the values saved in `folder`; see `read_adapters`."""
+    read_adapters(folder, model, _digests(folder))
 
 
 def _git_commit() -> str | None:

@@ -48,6 +48,7 @@ ORDER = [
     "loss",
     "distil",
     "parallel",
+    "lora",
     "optim",
     "formats.safetensors",
     "formats.hf",
