@@ -23,12 +23,19 @@ from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json, to_disk, write_json
 from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, Stored, read_tensors, save_tensors
+from foretoken.lora import merged
 from foretoken.model import Model
 from foretoken.parallel import ALONE, World, whole
 from foretoken.provenance import Provenance, recorded_digests, write_provenance
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
-from foretoken.train_state import TRAIN_STATE, optimizer_tensors, read_train_state, write_train_state
+from foretoken.train_state import (
+    TRAIN_STATE,
+    read_adapters,
+    read_train_state,
+    training_tensors,
+    write_train_state,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
@@ -43,7 +50,7 @@ class Contents:
     state: Mapping[str, Tensor]
     tokenizer: Tokenizer
     provenance: Provenance
-    training: Mapping[str, Tensor] | None
+    training: Mapping[str, Mapping[str, Tensor]] | None
     unlogged: Mapping[str, Any]
 
 
@@ -60,8 +67,8 @@ def save_checkpoint(
 
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
-    its last record, part of the training state. Raises CheckpointError when it cannot be written; then nothing is left
-    behind. world: all its processes must call this; the first one writes.
+    its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
+    call this; the first one writes. Raises CheckpointError when it cannot be written; then nothing is left behind.
     """
     contents = gather_checkpoint(model, tokenizer, provenance, optimizers, unlogged, world)
     world.first_does(lambda: write_checkpoint(Path(directory), contents))
@@ -84,8 +91,9 @@ def gather_checkpoint(
         wholes = ((name, whole(tensor.detach())) for name, tensor in tensors)
         return {name: full.to("cpu", copy=copy) if moved else full for name, full in wholes if world.first}
 
-    state = gathered(model.named_parameters())
-    training = gathered(optimizer_tensors(model, optimizers)) if optimizers else None
+    state = gathered(merged(model))
+    files = training_tensors(model, optimizers) if optimizers else {}
+    training = {file: gathered(tensors.items()) for file, tensors in files.items()} or None
     return Contents(model.config, state, tokenizer, provenance or Provenance(), training, unlogged or {})
 
 
@@ -117,7 +125,8 @@ def write_checkpoint(target: Path, contents: Contents) -> None:
 
 def write_files(
     folder: Path, config: ModelConfig, state: Mapping[str, Tensor | Stored], tokenizer: Tokenizer,
-    provenance: Provenance, training: Mapping[str, Tensor] | None = None, unlogged: Mapping[str, Any] | None = None,
+    provenance: Provenance, training: Mapping[str, Mapping[str, Tensor]] | None = None,
+    unlogged: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint's files into `folder`. state: the weights by our names, those that are `Stored` one by one."""
     files = _write(folder, config, state, tokenizer)
@@ -309,3 +318,8 @@ def _read_renamed(
 def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Give the optimisers, made for `model`, the state saved in `folder`; see `read_train_state`."""
     return read_train_state(folder, model, optimizers, recorded_digests(folder))
+
+
+def load_adapters(folder: Path, model: Model) -> None:
+    """Give the adapters of `model` the values saved in `folder`; see `read_adapters`."""
+    read_adapters(folder, model, recorded_digests(folder))

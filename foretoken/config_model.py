@@ -15,6 +15,8 @@ from foretoken.errors import ConfigError
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 HeadKind = Literal["parallel", "sequential"]
 Shared = Literal["trunk", "embedding", "unembedding"]
+Matrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MATRICES: tuple[Matrix, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Section(BaseModel):
@@ -89,15 +91,24 @@ class ModelConfig(Section):
         return self.architecture == "qwen3"
 
 
+# Keys of ModelRecipe that say what a run begins with and what learns, not what shape the model has.
+_OF_THE_RUN = ("start_from", "frozen", "head_init", "lora_rank", "lora_alpha", "lora_target_modules")
+
+
 class ModelRecipe(Section):
     """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`.
 
     start_from: a checkpoint, of any program, whose shape, weights and tokenizer the run begins with; of its heads the
     first n_future. Further ones begin as copies of its last block. frozen: its next-token path stays as it is.
+    lora_rank: of its next-token path adapters of this rank learn alone, beside the lora_target_modules of its blocks,
+    scaled by lora_alpha / lora_rank.
     """
 
     start_from: str | None = None
     frozen: bool = False
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1, description="by default twice the rank")
+    lora_target_modules: tuple[Matrix, ...] = Field(default=MATRICES, min_length=1)
     architecture: Architecture = "llama"
     hidden_size: int | None = Field(default=None, ge=1)
     num_attention_heads: int | None = Field(default=None, ge=1)
@@ -124,11 +135,15 @@ class ModelRecipe(Section):
 
     @model_validator(mode="after")
     def _own_shape_or_another(self) -> ModelRecipe:
-        own = self.model_fields_set - {"start_from", "frozen", "n_future", "head_kind", "head_init"}
+        own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind"}
         if self.start_from is not None and own:
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
         if self.frozen and (self.start_from is None or self.n_future == 1):
             raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
+        if self.lora_rank is not None and (self.start_from is None or self.frozen):
+            raise ValueError("lora_rank adapts a model that exists: it needs start_from, without frozen")
+        if self.lora_rank is None and self.model_fields_set & {"lora_alpha", "lora_target_modules"}:
+            raise ValueError("lora_alpha and lora_target_modules need lora_rank")
         for key in ("hidden_size", "num_attention_heads") if self.start_from is None else ():
             if getattr(self, key) is None:
                 raise ValueError(f"'{key}' is missing")
@@ -167,7 +182,7 @@ class ModelRecipe(Section):
         if layers is None:
             assert self.total_blocks is not None
             layers = self.total_blocks - self.blocks_beside
-        fields = self.model_dump(exclude={"total_blocks", "head_init", "start_from", "frozen"})
+        fields = self.model_dump(exclude={*_OF_THE_RUN, "total_blocks"})
         fields.update(
             vocab_size=vocab_size,
             num_hidden_layers=layers,

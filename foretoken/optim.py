@@ -15,14 +15,15 @@ from foretoken.parallel import like, whole
 
 
 def make_optimizers(model: Model, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
+    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest, adapters among them.
 
     Weight decay falls on matrices and embeddings, not on norms and biases. Every group remembers its peak learning
     rate as `peak_lr`. Each trainable parameter is in exactly one group.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    in_blocks = [p for name, p in named if p.dim() == 2 and name.startswith(("trunk.", "heads."))]
-    other_matrices = [p for name, p in named if p.dim() == 2 and not name.startswith(("trunk.", "heads."))]
+    inside = {name for name, _ in named if name.startswith(("trunk.", "heads.")) and ".lora_" not in name}
+    in_blocks = [p for name, p in named if p.dim() == 2 and name in inside]
+    other_matrices = [p for name, p in named if p.dim() == 2 and name not in inside]
     vectors = [p for _, p in named if p.dim() < 2]
     decayed = other_matrices if config.name == "muon" else [*in_blocks, *other_matrices]
     groups: list[dict[str, Any]] = [

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from foretoken.checkpoint import find_checkpoint, load_model, read_config
+from foretoken.checkpoint import find_checkpoint, load_adapters, load_model, read_config
 from foretoken.config import ModelConfig, ModelRecipe, validated
-from foretoken.errors import ConfigError, TrainingError
+from foretoken.errors import CheckpointError, ConfigError, TrainingError
 from foretoken.formats import hf
+from foretoken.lora import add_adapters, merged
 from foretoken.model import Model
 from foretoken.parallel import whole
 from foretoken.tokenizer import Tokenizer
@@ -44,8 +45,32 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
         model.heads.start_from_head_1()
         state = model.state_dict()
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in state.items()})
-    if recipe.frozen:
+    if recipe.frozen or recipe.lora_rank is not None:
         freeze(model)
+    if recipe.lora_rank is not None:
+        add_adapters(model, recipe, seed)
+    return model
+
+
+def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
+    """The model of a run's checkpoint, as `starting_model` made it and training left it: adapters are apart again.
+
+    Raises CheckpointError where what the run started from is no longer what these adapters were trained beside.
+    """
+    stored = load_model(folder, None)
+    if recipe.lora_rank is None:
+        if recipe.frozen:
+            freeze(stored)
+        return stored
+    model = starting_model(recipe, config, seed)
+    load_adapters(folder, model)
+    values = dict(stored.named_parameters())
+    for name, parameter in model.heads.named_parameters():
+        if not name.startswith("0."):
+            parameter.data.copy_(values[f"heads.{name}"])
+    for name, value in merged(model):  # summed again, maybe by another kernel
+        if not torch.allclose(value, values[name], rtol=1e-4, atol=1e-5):
+            raise CheckpointError(f"{folder}: '{name}' is not of {recipe.start_from} with adapters: it has changed")
     return model
 
 
@@ -56,19 +81,21 @@ def freeze(model: Model) -> None:
 
 
 def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
-    """Of a run that started from a checkpoint: raises TrainingError where a head of `model` is what it began as, a
-    frozen weight is not, or the checkpoint saved in `run` does not hold the model."""
+    """Of a run that started from a checkpoint: raises TrainingError where a head of `model`, or all its adapters, are
+    what they began as, a frozen weight is not, or the checkpoint saved in `run` does not hold the model."""
     if recipe.start_from is None:
         return
     began = dict(starting_model(recipe, model.config, seed).named_parameters())
     now = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
-    for depth in range(1, len(model.heads)):
-        own = [name for name in now if name.startswith(f"heads.{depth}.")]
-        if all(torch.equal(now[name], began[name]) for name in own):
-            raise TrainingError(f"{run}: head {depth + 1} has not learned: its weights are those it began with")
+    learning = {f"head {depth + 1} has": f"heads.{depth}." for depth in range(1, len(model.heads))}
+    learning |= {"the adapters have": ".lora_B."} if recipe.lora_rank is not None else {}
+    for what, part in learning.items():
+        if all(torch.equal(now[name], began[name]) for name in now if part in name):
+            raise TrainingError(f"{run}: {what} not learned: the weights are those of the beginning")
     for name, parameter in began.items():
-        if recipe.frozen and not parameter.requires_grad and not torch.equal(now[name], parameter):
+        if not parameter.requires_grad and not torch.equal(now[name], parameter):
             raise TrainingError(f"{run}: '{name}' has changed, though it is frozen")
+    saved = {name: whole(value).cpu() for name, value in merged(model)}
     for name, parameter in load_model(run, None).named_parameters():
-        if not torch.equal(parameter, now[name]):
+        if not torch.equal(parameter, saved[name]):
             raise TrainingError(f"{run}: '{name}' is not in the checkpoint as it was trained")

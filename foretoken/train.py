@@ -19,7 +19,6 @@ import torch
 from foretoken import metrics, optim, retrofit
 from foretoken.checkpoint import (
     STEP_PREFIX,
-    load_model,
     load_train_state,
     newest_step,
     prune,
@@ -30,6 +29,7 @@ from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import ConfigError, DataError, TrainingError
 from foretoken.failure import explained
 from foretoken.files import read_json
+from foretoken.lora import check_lora
 from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
@@ -120,6 +120,7 @@ def _join(recipe: Recipe) -> World:
     world = join_world(_device(recipe.train).type)
     if world.size > 1 and recipe.loss.method == "sequential":
         raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
+    check_lora(recipe.model, world)
     return world
 
 
@@ -145,9 +146,7 @@ def _begin(
                 model.heads.start_from_head_1()
         _spread(model, recipe.train, world)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
-    model = load_model(start, None).train()
-    if recipe.model.frozen:
-        retrofit.freeze(model)
+    model = retrofit.resumed_model(start, recipe.model, config, recipe.train.seed).train()
     _spread(model, recipe.train, world)
     optimizers = optim.make_optimizers(model, recipe.optim)
     measured = load_train_state(start, model, optimizers)

@@ -1,8 +1,9 @@
-"""The training state beside a checkpoint: the optimisers' tensors, and what was measured since the last record."""
+"""The training state beside a checkpoint: the optimisers' tensors, adapters if there are some, and what was measured
+since the last record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,45 @@ from torch import Tensor
 
 from foretoken.errors import CheckpointError
 from foretoken.files import read_json, write_json
-from foretoken.formats.safetensors import read_file, save_tensors
+from foretoken.formats.safetensors import check_tensors, read_file, save_tensors
+from foretoken.lora import adapters
 from foretoken.model import Model
 from foretoken.parallel import like
 
 TRAIN_STATE = "train_state"
 
 
-def write_train_state(folder: Path, tensors: Mapping[str, Tensor], unlogged: Mapping[str, Any]) -> dict[str, str]:
-    """Write `folder`/train_state with what `optimizer_tensors` gave; returns the SHA-256 of its file by name."""
+def training_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the training state by file: what optimisers hold, sharded where it is, and adapters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = {
+        f"{names[id(p)]}/{key}": value
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    beside = adapters(model)
+    return {"optimizer": held, "adapters": beside} if beside else {"optimizer": held}
+
+
+def write_train_state(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], unlogged: Mapping[str, Any]
+) -> dict[str, str]:
+    """Write `folder`/train_state with what `training_tensors` gave; returns the SHA-256 of its files by name."""
     (folder / TRAIN_STATE).mkdir()
     write_json(folder / TRAIN_STATE / "unlogged.json", unlogged)
-    name = f"{TRAIN_STATE}/optimizer.safetensors"
-    return {name: save_tensors(folder / name, tensors)}
+    paths = {f"{TRAIN_STATE}/{name}.safetensors": tensors for name, tensors in files.items()}
+    return {path: save_tensors(folder / path, tensors) for path, tensors in paths.items()}
+
+
+@torch.no_grad()
+def read_adapters(folder: Path, model: Model, digests: Mapping[str, str]) -> None:
+    """Give the adapters of `model` the values in `folder`/train_state; strict, with the SHA-256 in `digests`."""
+    name, own = f"{TRAIN_STATE}/adapters.safetensors", adapters(model)
+    tensors = read_file(folder / name, digests.get(name))
+    check_tensors(folder / name, tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def read_train_state(
@@ -53,12 +80,3 @@ def read_train_state(
     if tensors:
         raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")
     return read_json(folder / TRAIN_STATE / "unlogged.json")
-
-
-def optimizer_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """What the optimisers hold, by parameter and key."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for key, value in state.items():
-                yield f"{names[id(p)]}/{key}", value

@@ -50,6 +50,7 @@ ORDER = [
     "loss",
     "distil",
     "parallel",
+    "lora",
     "optim",
     "formats.safetensors",
     "formats.hf",

@@ -89,17 +89,22 @@ def read_tensors(
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
         tensors |= read_file(path, digests.get(path.name), ignored)
+    check_tensors(folder, tensors, shapes)
+    return tensors
+
+
+def check_tensors(where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError for a tensor that is missing, extra, of another shape or not of floating point."""
     for name, tensor in tensors.items():
         if name not in shapes:
-            raise CheckpointError(f"{folder}: tensor '{name}' is not one of this model's")
+            raise CheckpointError(f"{where}: tensor '{name}' is not one of this model's")
         if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(f"{folder}: tensor '{name}' has shape {tuple(tensor.shape)}, must be {shapes[name]}")
+            raise CheckpointError(f"{where}: tensor '{name}' has shape {tuple(tensor.shape)}, must be {shapes[name]}")
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{folder}: tensor '{name}' is of type {tensor.dtype}, must be floating point")
+            raise CheckpointError(f"{where}: tensor '{name}' is of type {tensor.dtype}, must be floating point")
     if missing := sorted(shapes.keys() - tensors.keys()):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: tensor '{missing[0]}' is missing{more}")
-    return tensors
+        raise CheckpointError(f"{where}: tensor '{missing[0]}' is missing{more}")
 
 
 def read_file(path: Path, digest: str | None, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling
-from foretoken.train_state import optimizer_tensors, read_train_state, write_train_state
+from foretoken.train_state import read_train_state, training_tensors, write_train_state
 
 MOST_TIES = 0.03
 
@@ -148,6 +148,6 @@ def _save(path: Path, model: Model, optimizers: list[torch.optim.Optimizer], ste
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_tensors(partial / FILE, model.state_dict())
-    write_train_state(partial, dict(optimizer_tensors(model, optimizers)), {"step": step, "history": history})
+    write_train_state(partial, training_tensors(model, optimizers), {"step": step, "history": history})
     shutil.rmtree(path, ignore_errors=True)  # a kill before the next line makes the run begin anew
     os.rename(partial, path)
