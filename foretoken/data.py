@@ -101,8 +101,8 @@ def prepare(
 
     Both splits are written in one pass that holds one chunk of documents in memory; `progress` hears how many tokens
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
-    A folder that is not as its meta.json says is made anew, to the last bit where `verify` reads all its files for their
-    digests. Raises DataError for an empty split.
+    A folder that is not as its meta.json says is made anew; `verify` reads all files for their digests, and finds every
+    bit that differs. Raises DataError for an empty split.
     """
     root = _cache_root(config)
     folder = root / _cache_key(config, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 import threading
@@ -29,7 +30,7 @@ SECONDS = 20.0  # for what takes milliseconds
 
 @contextmanager
 def writes(around: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """Inside, `around` is called in the place of each write of an intermediate checkpoint, with its step and the write."""
+    """Inside, `around` is called in the place of each intermediate checkpoint's write, with its step and the write."""
     real = saver.write_checkpoint
 
     def write(path: Path, contents: Contents) -> None:
@@ -202,6 +203,6 @@ def test_a_write_lets_other_threads_run(tmp_path: Path) -> None:
     took = time.perf_counter() - began
     ended.set()
     thread.join()
-    gaps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
     assert len(ticks) > 10
     assert max(gaps) < took / 2
