@@ -56,7 +56,11 @@ def _of_another(error: Exception, world: World) -> TrainingError | None:
     if word := _word(world):
         return TrainingError(word)
     exchange = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return TrainingError(f"rank {world.rank} of {world.size}: another process has ended without a word") if exchange else None
+    return (
+        TrainingError(f"rank {world.rank} of {world.size}: another process has ended without a word")
+        if exchange
+        else None
+    )
 
 
 def _leave_word(error: Exception, world: World) -> None:

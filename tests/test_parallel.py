@@ -76,7 +76,10 @@ def test_a_killed_process_ends_all_and_harms_no_checkpoint(corpus: Path, tmp_pat
     done = run(2, corpus, tmp_path / "run", stop="kill 3")
     assert done.returncode != 0
     assert "Signal 9" in done.stderr
-    assert "TrainingError: rank 0 of 2: another process has ended without a word; the last good checkpoint is" in done.stderr
+    assert (
+        "TrainingError: rank 0 of 2: another process has ended without a word; the last good checkpoint is"
+        in done.stderr
+    )
     saved = newest_step(tmp_path / "run")
     assert saved is not None
     load_model(saved, None)
