@@ -107,8 +107,8 @@ def prepare(
 
     Both splits are written in one pass that holds one chunk of documents in memory; `progress` hears how many tokens
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
-    A folder that is not as its meta.json says is made anew; with `verify` all its files are read for their digests.
-    Raises DataError for an empty split.
+    A folder that is not as its meta.json says is made anew; `verify` reads all files for their digests, and finds every
+    bit that differs. Raises DataError for an empty split.
     """
     if config.messages_field is not None:
         chat_template(tokenizer)  # fails at once

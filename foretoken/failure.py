@@ -56,7 +56,11 @@ def _of_another(error: Exception, world: World) -> TrainingError | None:
     if word := _word(world):
         return TrainingError(word)
     exchange = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return TrainingError(f"rank {world.rank} of {world.size} misses another, which was killed") if exchange else None
+    return (
+        TrainingError(f"rank {world.rank} of {world.size}: another process has ended without a word")
+        if exchange
+        else None
+    )
 
 
 def _leave_word(error: Exception, world: World) -> None:
@@ -70,5 +74,5 @@ def _word(world: World) -> str | None:
     """The word that a process has left."""
     with suppress(RuntimeError):
         if world.store is not None and world.store.check([WORD]):
-            return world.store.get(WORD).decode()
+            return str(world.store.get(WORD), "utf-8")
     return None

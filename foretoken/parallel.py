@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from foretoken.errors import ConfigError, TrainingError
@@ -28,7 +30,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = None
+    store: Any = None  # torch.distributed's
 
     @property
     def first(self) -> bool:
@@ -82,9 +84,9 @@ def join_world(device: str) -> World:
     here = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
-    store: dist.Store | None = None
+    store = None
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), size, here, store)
 

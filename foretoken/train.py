@@ -284,7 +284,7 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
     return meter.take("validation", step)
 
 
-def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split, verify: bool) -> Windows:
+def _windows(recipe: Recipe, tokenizer: Tokenizer, split: Split, verify: bool = True) -> Windows:
     """The windows of a split; those of validation come in an order that is no part of the run's seed."""
     config, n = recipe.train, recipe.offsets[-1]
     tokens = prepare(recipe.data, tokenizer, split, verify=verify)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from conftest import tiny_model
 from small_runs import recipe
 
 from foretoken import train as training
+from foretoken.checkpoint import newest_step
 from foretoken.config import OptimConfig
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
@@ -59,7 +62,11 @@ def gradients(kind: str, within: int) -> None:
 
 
 def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
-    """A training run; stop: "" or, as "interrupt 3", what happens after so many steps of this process's."""
+    """A training run; stop: "" or, as "interrupt 3", what happens after so many steps of this process's.
+
+    interrupt: in all; kill, term, nan, memory (torch's own error in the next forward): to the second; full: no file of
+    the first may grow beyond 20,000 bytes any more.
+    """
     how, _, after = stop.partition(" ")
     real, steps = training._update, []
 
@@ -76,6 +83,12 @@ def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
             if how == "nan" and os.environ["RANK"] == "1":
                 with torch.no_grad():
                     args[0].norm.weight.mul_(float("nan"))
+            if how == "memory" and os.environ["RANK"] == "1":
+                while newest_step(Path(out)) is None:  # which the first one is writing
+                    time.sleep(0.01)
+                training.mtp_loss = lambda *arguments, **options: torch.empty(2**60)
+            if how == "full" and os.environ["RANK"] == "0":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         return norm
 
     training._update = update

@@ -345,6 +345,44 @@ TRAIN_CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 }
 
 
+def test_mistakes_in_resume(run: Run, corpus: Path, tmp_path: Path) -> None:
+    """What is wrong with the run that was to go on is one line, and its folder stays as it is."""
+    mine, out = write_corpus(tmp_path / "mine"), tmp_path / "run"
+    words = ["train", "tiny", "--out", out, *sets(mine, "train.steps=4", "train.save_every=2"), "--resume"]
+
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foretoken.saver.Saver.finish", fail)
+        assert run(*words[:-1]).code == 130
+    (saved,) = checkpoint.step_checkpoints(out)
+    before = content(out)
+    changed = [*words, "--set", "optim.lr=1"]
+    wrong(run(*changed), f"{saved}: was trained with optim.lr = ", "the recipe says 1.0; resume with the same recipe")
+    text = mine / "text" / "0.py"
+    kept = text.read_bytes()
+    text.write_text("something else\n" * 40)
+    wrong(run(*words), f"{saved}: the data have changed since; resume needs the same documents")
+    text.write_bytes(kept)
+    for file, message in (
+        ("model.safetensors", "model.safetensors: is not the file that foretoken.json recorded (sha256 differs)"),
+        ("train_state/optimizer.safetensors", "optimizer.safetensors: missing"),
+        ("train_state", f"{saved}: has no train_state, so training cannot continue from it"),
+        ("foretoken.json", "foretoken.json: No such file"),
+    ):
+        path = saved / file
+        whole, away = path.read_bytes() if path.is_file() else b"", tmp_path / "away"
+        path.write_bytes(whole[:-8]) if file == "model.safetensors" else path.rename(away)
+        wrong(run(*words), message, "; none older is there")
+        path.write_bytes(whole) if file == "model.safetensors" else away.rename(path)
+    assert content(out) == before
+    done = run(*words)
+    assert done.code == 0
+    assert "for 4 steps, from step 2" in done.errors
+    wrong(run(*words), f"{out}: this run is finished; nothing to resume")
+
+
 @pytest.mark.parametrize("case", TRAIN_CASES)
 def test_mistakes_in_train(run: Run, corpus: Path, tmp_path: Path, case: str) -> None:
     options, parts = TRAIN_CASES[case]

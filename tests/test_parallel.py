@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from small_runs import recipe, weights
 
-from foretoken.checkpoint import load_model, newest_step
+from foretoken.checkpoint import load_model, newest_step, step_checkpoints
 from foretoken.files import read_json
 from foretoken.parallel import ALONE, like, whole
 from foretoken.train import train
@@ -75,6 +76,10 @@ def test_a_killed_process_ends_all_and_harms_no_checkpoint(corpus: Path, tmp_pat
     done = run(2, corpus, tmp_path / "run", stop="kill 3")
     assert done.returncode != 0
     assert "Signal 9" in done.stderr
+    assert (
+        "TrainingError: rank 0 of 2: another process has ended without a word; the last good checkpoint is"
+        in done.stderr
+    )
     saved = newest_step(tmp_path / "run")
     assert saved is not None
     load_model(saved, None)
@@ -95,6 +100,26 @@ def test_what_is_no_number_in_one_process_stops_all(corpus: Path, tmp_path: Path
     done = run(2, corpus, tmp_path / "run", stop="nan 3")
     assert done.returncode != 0
     assert done.stderr.count("TrainingError: step 4") >= 2
+
+
+def test_out_of_memory_and_a_full_disk_in_one_process(corpus: Path, tmp_path: Path) -> None:
+    """All end with the reason of the one that has it; the run goes on from its last checkpoint, here in one process."""
+    out = tmp_path / "run"
+    done = run(2, corpus, out, stop="memory 3")
+    assert done.returncode != 0
+    reason = (
+        r"TrainingError: rank 1 of 2: out of memory \(.*you tried to allocate.*\); lower train.micro_batch_size, now 4"
+    )
+    left = rf"the last good checkpoint is {out}/checkpoint-2"
+    assert len(re.findall(f"{reason}, and --resume; {left}", done.stderr)) == 2, done.stderr
+    done = run(2, corpus, out, resume=True, stop="full 1")
+    assert done.returncode != 0
+    assert f"CheckpointError: {out}/checkpoint-4: cannot be written: " in done.stderr
+    assert len(re.findall(f"Error: .*; {left}", done.stderr)) == 2, done.stderr
+    assert [path.name for path in step_checkpoints(out)] == ["checkpoint-2"]
+    assert train(recipe(corpus, *STEPS), out, resume=True).finished
+    train(recipe(corpus, *STEPS), tmp_path / "one")
+    close_runs(out, tmp_path / "one")
 
 
 def test_rows_that_do_not_divide(corpus: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SECONDS = 20.0  # for what takes milliseconds
 
 @contextmanager
 def writes(around: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """Inside, `around` is called in the place of each write of an intermediate checkpoint, with its step and itself."""
+    """Inside, `around` is called in the place of each intermediate checkpoint's write, with its step and the write."""
     real = saver.write_checkpoint
 
     def write(path: Path, contents: Contents) -> None:
@@ -128,14 +128,25 @@ def test_a_failed_write_ends_the_run_at_the_next_step(
     corpus: Path, tmp_path: Path, asynchronous: str, last: bool
 ) -> None:
     """Also that of the last save before the end: a run does not end well with a checkpoint that is not there."""
-    wanted = recipe(corpus, *EVERY_TWO, f"train.async_save={asynchronous}", f"train.keep_checkpoints={2 + last}")
-    failing, good = (6, 4) if last else (4, 2)
-    run = tmp_path / "run"
-    with writes(full_at(failing)), pytest.raises(CheckpointError) as error:
-        train(wanted, run)
-    message = f"checkpoint-{failing}: cannot be written: No space left on device"
-    assert str(error.value) == f"{message}; the last good checkpoint is {run}/checkpoint-{good}"
-    assert len(records(run)) <= failing + 2  # of steps, and of the end's validation
+    more = ("train.steps=8", "train.save_every=3", "train.log_every=1", "train.keep_checkpoints=2")
+    wanted, run, failed = recipe(corpus, *more, f"train.async_save={asynchronous}"), tmp_path / "run", threading.Event()
+    failing, good = (6, 3) if last else (3, 0)
+
+    def around(step: int, write: Callable[[], None]) -> None:
+        if step == failing:
+            failed.set()
+        full_at(failing)(step, write)
+
+    def report(record: Record) -> None:
+        if record.get("step") == failing + 1:  # a step that is done before training can know
+            assert failed.wait(SECONDS)
+            time.sleep(0.05)
+
+    with writes(around), pytest.raises(CheckpointError) as error:
+        train(wanted, run, report=report)
+    left = f"the last good checkpoint is {run}/checkpoint-{good}" if good else "no checkpoint had been saved yet"
+    assert str(error.value) == f"checkpoint-{failing}: cannot be written: No space left on device; {left}"
+    assert last or len(records(run)) < 6, "the next save is not awaited"
     assert not (run / "config.json").exists()
     check_loads(run)
     assert finish(wanted, run).finished  # after room was made
