@@ -115,10 +115,14 @@ def test_a_sequential_head_drafts_from_the_checkpoint_as_it_is(sequential: Train
 
 
 def test_all_parallel_heads_draft_through_the_plugin(parallel: Trained, tmp_path: Path) -> None:
-    """K = 1, 2, 3 from the checkpoint as it is; and head 2, exported, in stock vLLM, which is K = 1 of all heads."""
+    """K = 1, 2, 3 from the checkpoint as it is, K = 3 also with every layer cut over two processes.
+
+    And head 2, exported, in stock vLLM, which is K = 1 of all heads.
+    """
     exported = export_eagle3(parallel.folder, tmp_path / "eagle3")
-    drafts = (1, 2, 3)
+    drafts = (1, 2, 3, 3)
     engines = [parallel.engine(exported, 1), *(parallel.engine(parallel.heads, k) for k in drafts)]
+    engines[-1]["options"] = {"tensor_parallel_size": 2}
     head_2, *drafted = run_vllm(tmp_path, engines)
     assert (head_2["ids"], counted(head_2)) == ([parallel.ids], parallel.counts(exported, 1))
     for answer, k in zip(drafted, drafts, strict=True):
