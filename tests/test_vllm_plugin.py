@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import tiny_config
@@ -47,3 +49,24 @@ def test_only_the_tested_version_runs_unless_asked(plugin: ModuleType, monkeypat
     assert not plugin.is_tested("99.0.0")
     monkeypatch.setenv(plugin.OVERRIDE, "1")
     assert plugin.is_tested("99.0.0")
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "99.0.0"])
+def test_another_version_is_an_error_that_says_so(
+    plugin: ModuleType, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`register` as vLLM calls it, twice; then what it registered is imported, if that needs no vLLM."""
+    registered: dict[str, str] = {}
+    registry = SimpleNamespace(get_supported_archs=registered.keys, register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry, __version__=version))
+    plugin.register()
+    plugin.register()
+    assert registered.keys() == {plugin.ARCHITECTURE}
+    module, _, name = registered[plugin.ARCHITECTURE].partition(":")
+    assert name == plugin.ARCHITECTURE
+    if version in plugin.TESTED:
+        assert module == "foretoken_vllm.model"
+        return
+    monkeypatch.syspath_prepend(PLUGIN)
+    with pytest.raises(ImportError, match=r"tested with vLLM 0\.32\.0 and this is 99\.0\.0: install a tested one"):
+        importlib.import_module(module)

@@ -152,12 +152,13 @@ class MtpHeadsEagle3(Eagle3LlamaForCausalLM):  # vLLM's proposer demands this cl
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load mtp_heads/. Raises ValueError for a missing or an unknown tensor."""
-        tensors = {f"model.{name}": tensor for name, tensor in weights}
-        expected = {part for name, _ in self.named_parameters() for part in _parts(name)}
+        tensors = dict(weights)
+        expected = {part for name, _ in self.model.named_parameters() for part in _parts(name)}
         for what, names in (("lacks", expected - tensors.keys()), ("holds unknown", tensors.keys() - expected)):
             if names:
                 raise ValueError(f"foretoken-vllm: mtp_heads/ {what} {', '.join(sorted(names))}")
-        return AutoWeightsLoader(self).load_weights(tensors.items(), mapper=LlamaModel.hf_to_vllm_mapper)
+        named = ((f"model.{name}", tensor) for name, tensor in tensors.items())
+        return AutoWeightsLoader(self).load_weights(named, mapper=LlamaModel.hf_to_vllm_mapper)
 
 
 def _checked(vllm_config: VllmConfig) -> tuple[Any, Any]:
