@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -204,7 +205,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 
 def test_tokenizers_that_llama_cpp_has_no_equal_of() -> None:
     merges = json.loads(MAKERS["default"]().backend.to_str())["model"]["merges"]
-    first = next(i for i, (a, b) in enumerate(zip(merges, merges[1:], strict=False)) if "".join(a) == "".join(b))
+    first = next(i for i, (a, b) in enumerate(itertools.pairwise(merges)) if "".join(a) == "".join(b))
     apart = [*merges[:first], *merges[first + 1 :], merges[first]]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     for tokenizer, says in (
