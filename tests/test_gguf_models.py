@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_eight_bits_hold_the_weights_to_half_a_step(parallel: Trained, tmp_path:
         found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).view_as(wanted)
         blocks = wanted.reshape(-1, 32) if tensor.tensor_type.name == "Q8_0" else wanted.reshape(-1, 1)
         step = blocks.abs().amax(-1, keepdim=True) / 127 * (tensor.tensor_type.name == "Q8_0")
-        assert ((found.reshape(blocks.shape) - blocks).abs() <= 0.51 * step + 1e-3 * step).all(), tensor.name
+        # half a step, and the rounding of the step to half precision
+        assert ((found.reshape(blocks.shape) - blocks).abs() <= (0.5 + 127 / 2**11) * step).all(), tensor.name
 
 
 def test_eight_bits_need_whole_blocks(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ TEXTS = (
     "for  i in range(12345):  # it's é, 你好 👋\t\n",
     "  WE'LL don't I'M x=1234567.89e10\r\n\r\n  ",
     "ababa abab    a         b\n \n  \n\tx",
-    " readline readlines",
+    " zebra zebras zeb",
     "½ ² Ⅷ ١٢٣ naïve ÅÄÖ ǅ \u00a0 \u2003 a\u0301?",
     "a",
     " ",
@@ -182,7 +184,7 @@ def test_llama_cpp_cuts_text_alike(name: str, tmp_path: Path) -> None:
 @has_llama_cpp
 def test_a_token_that_merges_do_not_lead_to_is_taken_whole(tmp_path: Path) -> None:
     """What tells llama-bpe from dbrx."""
-    counts = [len(MAKERS[name]().encode(" readline")) for name in ("llama-bpe", "dbrx")]
+    counts = [len(MAKERS[name]().encode(" zebra")) for name in ("llama-bpe", "dbrx")]
     assert counts[0] == 1 < counts[1]
 
 
@@ -203,6 +205,8 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 
 def test_tokenizers_that_llama_cpp_has_no_equal_of() -> None:
     merges = json.loads(MAKERS["default"]().backend.to_str())["model"]["merges"]
+    first = next(i for i, (a, b) in enumerate(itertools.pairwise(merges)) if "".join(a) == "".join(b))
+    apart = [*merges[:first], *merges[first + 1 :], merges[first]]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     for tokenizer, says in (
         (changed("gpt-2", pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT_ALL, BYTES]}), "no name for how"),
@@ -211,7 +215,7 @@ def test_tokenizers_that_llama_cpp_has_no_equal_of() -> None:
         (changed("gpt-2", normalizer={"type": "Lowercase"}), "Lowercase"),
         (changed("gpt-2", pre_tokenizer={"type": "Whitespace"}), "only byte-level BPE"),
         (changed("default", merges=merges[:-1]), "do not merge, as they would"),
-        (changed("default", merges=[*merges[1:], merges[0]][::-1]), "not listed together|do not merge"),
+        (changed("default", merges=apart), "not listed together"),
         (changed("default", normalizer=None, pre_tokenizer=metaspace), "prepares text in another way"),
     ):
         with pytest.raises(CheckpointError, match=says):

@@ -14,7 +14,7 @@ from foretoken.tokenizer import Tokenizer
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3, QWEN_2 = rf"{WORDS}|\p{{N}}{{1,3}}|{REST}", rf"{WORDS}|\p{{N}}|{REST}"
-WHOLE = "Ġreadline"  # a token that no merges lead to
+WHOLE = "Ġzebra"  # a token that no merges lead to
 
 
 def byte_level(

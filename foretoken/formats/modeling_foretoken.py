@@ -28,7 +28,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 
-class SequentialHead(LlamaDecoderLayer):  # type: ignore[misc]
+class SequentialHead(LlamaDecoderLayer):
     """A Llama layer whose attention reads a token's embedding and a hidden state side by side: an EAGLE-3 layer."""
 
     def __init__(self, config: Any) -> None:
@@ -45,10 +45,10 @@ class SequentialHead(LlamaDecoderLayer):  # type: ignore[misc]
         """Embeddings and states (1, T, D) -> states (1, T, D), not normalised."""
         both = torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
         hidden = hidden + self.self_attn(hidden_states=both, **kwargs)[0]
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class HeadsCandidateGenerator(CandidateGenerator):  # type: ignore[misc]
+class HeadsCandidateGenerator(CandidateGenerator):
     """Drafts of a model's heads 2..n, which read the input of its last layer.
 
     Each head has keys and values of every certain position in a cache of its own. No logits go along with the drafts:
@@ -124,7 +124,7 @@ class HeadsCandidateGenerator(CandidateGenerator):  # type: ignore[misc]
 
     def _choice(self, states: Tensor) -> Tensor:
         """The likeliest token (1, 1) by the last of states (1, T, D)."""
-        return self.model.lm_head(self.model.model.norm(states[:, -1:])).argmax(-1)  # type: ignore[no-any-return]
+        return self.model.lm_head(self.model.model.norm(states[:, -1:])).argmax(-1)
 
 
 class Drafting:
@@ -145,7 +145,7 @@ class Drafting:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a weight that is missing or unknown is an error: no head is ever made up."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for key, what in (("missing_keys", "is missing"), ("unexpected_keys", "is not one of this model's")):
             if names := sorted(info[key]):
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -154,7 +154,7 @@ class Drafting:
 
     def _get_candidate_generator(self: Any, generation_config: Any, **kwargs: Any) -> Any:
         if not generation_config.use_mtp:
-            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)  # type: ignore[misc]
+            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
         given = kwargs["model_kwargs"]
         cached = given.get("past_key_values")
         if given.get("inputs_embeds") is not None or (cached is not None and cached.get_seq_length() > 0):
@@ -166,31 +166,31 @@ class Drafting:
         return HeadsCandidateGenerator(self, drafts, generation_config.max_length)
 
 
-class ForetokenLlamaConfig(LlamaConfig):  # type: ignore[misc]
+class ForetokenLlamaConfig(LlamaConfig):
     """Llama's configuration with `n_future` and `head_kind`, "parallel" or "sequential"."""
 
     model_type = "foretoken_llama"
 
 
-class ForetokenMistralConfig(MistralConfig):  # type: ignore[misc]
+class ForetokenMistralConfig(MistralConfig):
     """Mistral's configuration with `n_future` and `head_kind`, "parallel" or "sequential"."""
 
     model_type = "foretoken_mistral"
 
 
-class ForetokenQwen2Config(Qwen2Config):  # type: ignore[misc]
+class ForetokenQwen2Config(Qwen2Config):
     """Qwen2's configuration with `n_future` and `head_kind`, "parallel" or "sequential"."""
 
     model_type = "foretoken_qwen2"
 
 
-class ForetokenQwen3Config(Qwen3Config):  # type: ignore[misc]
+class ForetokenQwen3Config(Qwen3Config):
     """Qwen3's configuration with `n_future` and `head_kind`, "parallel" or "sequential"."""
 
     model_type = "foretoken_qwen3"
 
 
-class ForetokenLlamaForCausalLM(Drafting, LlamaForCausalLM):  # type: ignore[misc]
+class ForetokenLlamaForCausalLM(Drafting, LlamaForCausalLM):
     """Llama with further heads."""
 
     config_class = ForetokenLlamaConfig
@@ -200,7 +200,7 @@ class ForetokenLlamaForCausalLM(Drafting, LlamaForCausalLM):  # type: ignore[mis
         self._add_heads()
 
 
-class ForetokenMistralForCausalLM(Drafting, MistralForCausalLM):  # type: ignore[misc]
+class ForetokenMistralForCausalLM(Drafting, MistralForCausalLM):
     """Mistral with further heads."""
 
     config_class = ForetokenMistralConfig
@@ -210,7 +210,7 @@ class ForetokenMistralForCausalLM(Drafting, MistralForCausalLM):  # type: ignore
         self._add_heads()
 
 
-class ForetokenQwen2ForCausalLM(Drafting, Qwen2ForCausalLM):  # type: ignore[misc]
+class ForetokenQwen2ForCausalLM(Drafting, Qwen2ForCausalLM):
     """Qwen2 with further heads."""
 
     config_class = ForetokenQwen2Config
@@ -220,7 +220,7 @@ class ForetokenQwen2ForCausalLM(Drafting, Qwen2ForCausalLM):  # type: ignore[mis
         self._add_heads()
 
 
-class ForetokenQwen3ForCausalLM(Drafting, Qwen3ForCausalLM):  # type: ignore[misc]
+class ForetokenQwen3ForCausalLM(Drafting, Qwen3ForCausalLM):
     """Qwen3 with further heads."""
 
     config_class = ForetokenQwen3Config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def _same(p: Tensor, other: Tensor) -> bool:
 def _initial(name: str, p: Tensor) -> bool:
     """Whether a parameter may be one of `Model.init_weights`: norms 1, biases 0, matrices of deviation 0.02."""
     if p.dim() == 1:
-        return bool((p == (0 if name.endswith("bias") else 1)).all())
+        return torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p))
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return True  # these depend on the depth
-    return abs(float(p.float().std()) - 0.02) < 0.02 * 5 / (2 * p.numel()) ** 0.5  # five standard errors
+    five_standard_errors = 5 * 0.02 / math.sqrt(2 * p.numel())
+    return abs(float(p.float().std()) - 0.02) < five_standard_errors
