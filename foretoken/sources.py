@@ -189,6 +189,8 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
                 raise DataError(f"{where}: no field '{field}'; the record has {', '.join(sorted(record)) or 'none'}")
             value = None if field is None else record[field]
             if is_text and field is not None:
+                if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+                    value = "\n\n".join(value)
                 if not isinstance(value, str):
                     raise DataError(f"{where}: field '{field}' is {json.dumps(value, default=str)[:40]}, not a text")
                 value = _without_surrogates(value, where, config.errors)

@@ -75,6 +75,7 @@ ORDER = [
     "demo",
     "lab.head_kinds",
     "lab.acceptance",
+    "lab.draft_vocab",
     "lab.retrofit",
     "cli_common",
     "cli_bench",
