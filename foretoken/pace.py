@@ -73,8 +73,8 @@ class Pace:
         for depth in range(max(tree.depths[-1] for tree in trees)):
             asked = first = 0
             for tree, path in zip(trees, paths, strict=True):
-                if depth >= len(path):
-                    continue  # what hung there was never asked
+                if depth >= len(path) or path[depth] >= len(tree.children):
+                    continue  # what hung there was never asked, or stands in a row's block behind its own tree
                 below, right = tree.children[path[depth]], path[depth + 1] if depth + 1 < len(path) else 0
                 if 0 in below:
                     asked += 1

@@ -148,6 +148,11 @@ def test_vocabularies_of_drafts(
     assert draft_vocab.table(result) in capsys.readouterr().out
 
 
+def test_the_log_holds_the_stored_vocabularies() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "draft-vocab.json").read_text(encoding="utf-8"))
+    assert draft_vocab.table(result) in (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+
+
 def test_what_two_tokens_foretell() -> None:
     """The follower of a pair that was most frequent; nothing for a pair that was not there."""
     train, held = np.array([1, 2, 3, 1, 2, 4, 1, 2, 3]), np.array([1, 2, 3, 1, 2, 4, 4, 4, 1, 2, 3])

@@ -55,7 +55,8 @@ def foretold(train: NDArray[np.int64], held: NDArray[np.int64], vocab_size: int)
     known, first = np.unique(triples[order] // vocab_size, return_index=True)
     at = np.minimum(np.searchsorted(known, pairs(held)), len(known) - 1)
     right = (known[at] == pairs(held)) & (triples[order][first[at]] % vocab_size == held[2:])
-    return held[2:][right]
+    found: NDArray[np.int64] = held[2:][right]
+    return found
 
 
 def of_data(data: Sequence[str], split_field: str | None, vocab_size: int, display: Display) -> dict[str, Any]:
