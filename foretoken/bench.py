@@ -134,6 +134,12 @@ def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:
     return prompts
 
 
+def whole_prompts(texts: Sequence[str], count: int) -> list[str]:
+    """`count` of the texts, as they stand, spread evenly over them; all where there are fewer."""
+    count = min(count, len(texts))
+    return [texts[len(texts) * index // count] for index in range(count)]
+
+
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     """Share of the sequences' n-grams that are different ones: near 1 for varied text, small for loops."""
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from foretoken.bench import held_out_prompts
+from foretoken.bench import held_out_prompts, whole_prompts
 from foretoken.bench_peers import Timing, Workload, decoders, versions
 from foretoken.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from foretoken.config import ModelConfig
@@ -88,13 +88,13 @@ def bandwidth(device: str) -> float:
 
 def bench(
     name: str, model: Model, folder: Path, works: Sequence[Workload], drafts: Sequence[int], rounds: int, peers: bool,
-    gb_s: float, meaningful: bool, display: Display,
+    gb_s: float, meaningful: bool, draft_vocabs: Sequence[int], display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one model, whose directory is `folder`. meaningful: whether acceptance means something."""
     rows = []
     main = [p for n, p in model.named_parameters() if hf.main_name(n, model.config)]
     for work in works:
-        runs = list(decoders(model, folder, work, drafts, peers, meaningful))
+        runs = list(decoders(model, folder, work, drafts, peers, meaningful, draft_vocabs))
         found: list[list[Timing]] = [[] for _ in runs]
         for number in range(rounds + 1):  # the first warms up
             for index, (label, k, run) in enumerate(runs):
@@ -169,7 +169,8 @@ def _margin(a: Request, b: Request) -> float | None:
 
 def bench_random(
     size: str, n_future: int, head_kind: str, dtype: torch.dtype, device: str, batches: Sequence[int],
-    temperatures: Sequence[float], context: int, tokens: int, rounds: int, peers: bool, gb_s: float, display: Display,
+    temperatures: Sequence[float], context: int, tokens: int, rounds: int, peers: bool, draft_vocabs: Sequence[int],
+    gb_s: float, display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a shape with random weights behind random tokens: what steps cost."""
     model = random_model(size, n_future, head_kind, dtype, context + tokens).to(device)
@@ -182,16 +183,18 @@ def bench_random(
         folder = save_checkpoint(Path(temporary) / "checkpoint", model, byte_tokenizer())
         name = f"{size}, {head_kind} heads, random weights"
         drafts = range(1, n_future)
-        return bench(name, model, folder, works, drafts, rounds, peers, gb_s, False, display)
+        return bench(name, model, folder, works, drafts, rounds, peers, gb_s, False, draft_vocabs, display)
 
 
 def bench_checkpoint(
-    directory: str, data: Sequence[str], split_field: str | None, dtype: str | None, device: str,
-    batches: Sequence[int],
-    temperatures: Sequence[float], prompts: int, tokens: int, rounds: int, peers: bool, random_heads: bool, gb_s: float,
-    display: Display,
+    directory: str, data: Sequence[str], split_field: str | None, prompt_field: str | None, dtype: str | None,
+    device: str, batches: Sequence[int], temperatures: Sequence[float], prompts: int, tokens: int, rounds: int,
+    peers: bool, random_heads: bool, draft_vocabs: Sequence[int], gb_s: float, display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of a checkpoint, by domain: beginnings of `prompts` texts of the data, by default the held-out ones."""
+    """The rows of a checkpoint, by domain: beginnings of `prompts` texts of the data, by default the held-out ones.
+
+    prompt_field: of records that are prompts as they stand; of long ones, the end that the model has room for.
+    """
     folder = find_checkpoint(directory)
     model, tokenizer = load_checkpoint(folder, dtype, device)
     if random_heads:
@@ -202,15 +205,18 @@ def bench_checkpoint(
     works = []
     for source in data or ("",):
         split = "validation" if split_field else None
-        fields = {"split_field": split_field} if split_field else None
+        named = {"split_field": split_field, "text_field": prompt_field}
+        fields = {name: field for name, field in named.items() if field}
         texts = [d.text for d in evaluation_documents(directory, (source,) if source else (), split, fields)]
-        ids = [tokenizer.encode(text, add_special_tokens=True) for text in held_out_prompts(texts, prompts)]
+        chosen = (whole_prompts if prompt_field else held_out_prompts)(texts, prompts)
+        room = model.config.max_position_embeddings - tokens
+        ids = [tokenizer.encode(text, add_special_tokens=True)[-room:] for text in chosen]
         for temperature in temperatures:
             works += [Workload(source or "held out", ids, batch, tokens, temperature) for batch in batches]
     drafts = range(1, model.config.n_future + (1 if model.config.sequential else 0))
     with tempfile.TemporaryDirectory() as temporary:
         copy = save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer)  # without heads renamed, in this type
-        return bench(name, model, copy, works, drafts, rounds, peers, gb_s, True, display)
+        return bench(name, model, copy, works, drafts, rounds, peers, gb_s, True, draft_vocabs, display)
 
 
 def bench_decode(
@@ -232,6 +238,8 @@ def bench_decode(
     peers: bool,
     random_heads: bool = False,
     split_field: str | None = None,
+    prompt_field: str | None = None,
+    draft_vocabs: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What the command prints with --json: machine, versions, bandwidth_gb_s and rows.
 
@@ -251,13 +259,13 @@ def bench_decode(
     gb_s, rows = bandwidth(device), list[dict[str, Any]]()
     if checkpoint is not None:
         rows += bench_checkpoint(
-            checkpoint, data, split_field, dtype, device, batches, temperatures or (0.0, 0.8), prompts, tokens, rounds,
-            peers, random_heads, gb_s, display,
+            checkpoint, data, split_field, prompt_field, dtype, device, batches, temperatures or (0.0, 0.8), prompts,
+            tokens, rounds, peers, random_heads, draft_vocabs, gb_s, display,
         )  # fmt: skip
     for size in sizes:
         rows += bench_random(
             size, n_future, head_kind, DTYPES[dtype], device, batches, temperatures or (0.0,), context, tokens, rounds,
-            peers, gb_s, display,
+            peers, draft_vocabs, gb_s, display,
         )  # fmt: skip
     return {
         "machine": {**machine(), "device": device},

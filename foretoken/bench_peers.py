@@ -72,6 +72,7 @@ def foretoken_decoder(
     accept: Accept = "keyed",
     source: Source = None,
     nodes: int | None = None,
+    draft_vocab: int | None = None,
 ) -> Run:
     """Our own decoding."""
 
@@ -81,7 +82,8 @@ def foretoken_decoder(
             requests = [Request(list(prompt), work.tokens, seed) for seed, prompt in enumerate(prompts)]
             began = 0.0
             sampling = Sampling(work.temperature, accept=accept)
-            for _ in decode(model, requests, sampling, drafts, source=source, nodes=nodes):
+            options = {"source": source, "nodes": nodes, "draft_vocab": draft_vocab}
+            for _ in decode(model, requests, sampling, drafts, **options):  # type: ignore[arg-type]
                 if not began and requests[-1].ids:
                     began = time.perf_counter()  # the last prompt has been read
             seconds += time.perf_counter() - began
@@ -159,17 +161,21 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
 
 
 def decoders(
-    model: Model, folder: Path, work: Workload, drafts: Sequence[int], peers: bool, own_text: bool
-) -> Iterator[tuple[str, int | None, Run]]:
+    model: Model, folder: Path, work: Workload, drafts: Sequence[int], peers: bool, own_text: bool,
+    draft_vocabs: Sequence[int] = (),
+) -> Iterator[tuple[str, int | None, Run]]:  # fmt: skip
     """(name, drafts, decoder) of all that is compared; peers that are not installed, or cannot run it, are left out.
 
-    own_text: whether the model's text means anything, so that it says how many drafts pay.
+    own_text: whether the model's text means anything, so that it says how many drafts pay. draft_vocabs: smaller
+    vocabularies of drafts, which are timed beside the whole one.
     """
     yield "foretoken", 0, foretoken_decoder(model, work, 0)
     for k in drafts:
         for accept in get_args(Accept) if work.temperature > 0 else ("keyed",):
             name = f"foretoken, {accept}" if work.temperature > 0 else "foretoken"
             yield name, k, foretoken_decoder(model, work, k, accept)
+        for size in draft_vocabs:
+            yield f"foretoken, drafts of {size} tokens", k, foretoken_decoder(model, work, k, draft_vocab=size)
     if most := max(drafts, default=0):
         for nodes in (most + 2, 2 * most + 2):
             yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)

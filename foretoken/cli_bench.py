@@ -25,12 +25,18 @@ def decode(
     split_field: Annotated[
         str | None, typer.Option(help="Field of records that says train: what it does not call so is taken.")
     ] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Field of records that are prompts as they stand, texts or lists of texts.")
+    ] = None,
     size: Annotated[list[str] | None, typer.Option(help="Random weights: 30m, 110m, 350m, 1b; any number.")] = None,
     head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel or sequential.")] = "parallel",
     n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; any number. Default: 1.")] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Any number. Default: 0; for a checkpoint, 0 and 0.8.")
+    ] = None,
+    draft_vocab: Annotated[
+        list[int] | None, typer.Option(help="Time drafts among so many first tokens too; any number.")
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens before the timed ones, of the random weights.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
@@ -56,7 +62,8 @@ def decode(
             display, checkpoint=checkpoint, data=data or (), sizes=size or (), head_kind=head_kind, n_future=n_future,
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
-            random_heads=random_heads, split_field=split_field,
+            random_heads=random_heads, split_field=split_field, prompt_field=prompt_field,
+            draft_vocabs=draft_vocab or (),
         )  # fmt: skip
         if out is not None:
             write_json(out, result)

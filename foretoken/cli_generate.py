@@ -46,6 +46,9 @@ Regex = Annotated[str, typer.Option(help="Text that follows this regular express
 Lark = Annotated[Path | None, typer.Option(help="Text that follows the Lark grammar in this file.")]
 Drafts = Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: as many as pay.")]
 Nodes = Annotated[int | None, typer.Option(help="Drafts as a tree of so many places. Default: a chain, or what pays.")]
+DraftVocab = Annotated[
+    int | None, typer.Option(help="Drafts among so many first tokens of the vocabulary. Default: all, or what pays.")
+]
 Lookup = Annotated[
     int, typer.Option(help="Draft what followed the last so many tokens before, not with heads; 0 is off.")
 ]
@@ -76,6 +79,7 @@ def generate(
     lark: Lark = None,
     drafts: Drafts = None,
     nodes: Nodes = None,
+    draft_vocab: DraftVocab = None,
     lookup: Lookup = 0,
     draft_model: DraftModel = "",
     ignore_eos: IgnoreEos = False,
@@ -96,7 +100,8 @@ def generate(
         "accept": cast(Any, accept), "seed": seed, "stop": stop or (), "min_tokens": min_tokens,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias or ()),
-        "drafts": drafts, "nodes": nodes, "lookup": lookup, "ignore_eos": ignore_eos, "chat": chat,
+        "drafts": drafts, "nodes": nodes, "draft_vocab": draft_vocab, "lookup": lookup, "ignore_eos": ignore_eos,
+        "chat": chat,
     }  # fmt: skip
     options.update(_grammar(json_schema, regex, lark))
     if draft_model:

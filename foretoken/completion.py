@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
 from foretoken.chat import chat_template
-from foretoken.decode import check_nodes, check_requests, decode
+from foretoken.decode import check_draft_vocab, check_nodes, check_requests, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
 from foretoken.grammar import Grammar
@@ -39,6 +39,9 @@ class Options(TypedDict, total=False):
     lark: str  # .. or a Lark grammar
     drafts: int | None  # None: as many as pay; 0: plain decoding
     nodes: int | None  # None: what pays, or a chain where drafts are given; else drafts as a tree of so many places
+    draft_vocab: (
+        int | None
+    )  # None: all, or what pays where drafts are not given; else drafts are among so many first tokens
     lookup: int  # 0: off; else drafts are what followed the last so many tokens where they stood before
     draft_model: Model  # drafts are another model's, with the same tokens
     ignore_eos: bool  # False
@@ -218,9 +221,11 @@ def begin(
     ]
     _process(model, tokenizer, requests, options)
     drafts, source, nodes = options.get("drafts"), _source(options), options.get("nodes")
+    draft_vocab = options.get("draft_vocab")
     check_requests(model, requests, drafts, source)
     check_nodes(nodes, sampling, source)
-    return requests, decode(model, requests, sampling, drafts, size, source, nodes)
+    check_draft_vocab(draft_vocab, model, source)
+    return requests, decode(model, requests, sampling, drafts, size, source, nodes, draft_vocab)
 
 
 def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest], options: Options) -> None:

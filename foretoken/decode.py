@@ -40,6 +40,7 @@ def decode(
     slots: int | None = None,
     source: Source = None,
     nodes: int | None = None,
+    draft_vocab: int | None = None,
 ) -> Iterator[tuple[Request, list[int]]]:
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
@@ -48,16 +49,19 @@ def decode(
     (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step
     as a tree of so many places, at most K deep; by default a chain, or what pays where K is None. slots: how many
     requests run at a time, by default all; the others wait, and take the rows of those that end. source: where drafts
-    come from, by default the model's heads. A request ends when its `finish_reason` is set, by `commit` or by the
-    caller between two
+    come from, by default the model's heads. draft_vocab: of how many first tokens drafts are, by default all, or what
+    pays where K is None. A request ends when its `finish_reason` is set, by `commit` or by the caller between two
     yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """
     check_requests(model, requests, drafts, source)
     check_nodes(nodes, sampling, source)
+    check_draft_vocab(draft_vocab, model, source)
     waiting = deque(request for request in requests if request.max_tokens > 0)
     if not waiting:
         return
-    batch = Batch(model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)), source, nodes)
+    batch = Batch(
+        model, waiting, sampling, drafts, min(len(waiting), slots or len(waiting)), source, nodes, draft_vocab
+    )
     while batch.requests or waiting:
         while waiting and len(batch.requests) < batch.rows:
             request = waiting.popleft()
@@ -94,23 +98,26 @@ class Batch:
         rows: int,
         source: Source = None,
         nodes: int | None = None,
+        draft_vocab: int | None = None,
     ) -> None:
         self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
         self.pace: Pace | None = None
         self.count = 0  # steps
         self.nodes, self.adaptive = nodes, drafts is None
         if drafts is None:
-            self.pace = step_pace(self.stepper, rows, source)
+            self.pace = step_pace(self.stepper, rows, source, draft_vocab)
             drafts = len(self.pace.costs) - 1
         elif nodes is not None:
             self.pace = tree_pace(self.stepper, drafts, source)
         # The last step may begin one token before the end, accept K drafts and draft K more.
         capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1 + (nodes or MOST_NODES)
         self.drafter = make_drafter(self.stepper, drafts, rows, capacity, source)
+        self.draft_vocab = draft_vocab
         if self.pace is not None and self.adaptive:
             self.drafter.drafts = self.pace.begin(drafts)
         self.grow()
         self.tree: Tree | None = None  # the shape of what is drafted
+        self.among: int | None = None  # and of how many first tokens it is
         self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
         self.cache.select([])
         self.requests: list[Request] = []
@@ -118,7 +125,9 @@ class Batch:
         self.ahead: Keys | None = None  # of the tokens that are drafted, and then verified, with the same noise
 
     def grow(self) -> None:
-        """Choose the shape of the next drafts."""
+        """Choose the shape of the next drafts, and the tokens they are among."""
+        chosen = self.pace.draft_vocab if self.pace is not None and self.adaptive else None
+        self.drafter.draft_vocab = self.draft_vocab or chosen
         if self.pace is not None and not self.sampling.rejects and not isinstance(self.drafter, LookupDrafter):
             self.drafter.tree = self.pace.tree(self.drafter.drafts, self.nodes)
 
@@ -138,7 +147,7 @@ class Batch:
         self.cache.join(row)
         self.drafted.append(self.drafter.join(request, hidden, z, self.keys([request], self.drafter.drafts + 1)))
         self.requests.append(request)
-        self.ahead, self.tree = None, self.drafter.tree
+        self.ahead, self.tree, self.among = None, self.drafter.tree, self.drafter.draft_vocab
 
     def step(self) -> Turn:
         """Verify the drafts, and draft on."""
@@ -151,24 +160,25 @@ class Batch:
         self.count += 1
         if self.pace is not None and self.drafter.drafts and self.count % CHOOSE_EVERY == 0:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
-            before = self.drafter.drafts
+            before = self.drafter.drafts, self.pace.draft_vocab
             if self.adaptive:
                 self.drafter.drafts = self.pace.choose(self.drafter.most())
-            if self.drafter.drafts != before or self.count % GROW_EVERY == 0:
+            if (self.drafter.drafts, self.pace.draft_vocab) != before or self.count % GROW_EVERY == 0:
                 self.grow()
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys, self.tree)
         if self.pace is not None and longest:
             trees = [self.tree or chain(len(draft)) for draft in self.drafted]
             # Luck behind a row's own drafts says nothing of them.
             paths = [path[: len(draft) + 1] for path, draft in zip(turn.paths, self.drafted, strict=True)]
-            self.pace.record(trees, paths)
+            self.pace.record(trees, paths, tokens, self.among)
         return turn
 
     def settle(self, turn: Turn) -> None:
         """Forget what was not committed, and the rows of requests that have ended."""
         # Everything committed stays but the newest token, which has not been through the model yet.
         self.cache.roll_back([min(n, r.length - 1) for n, r in zip(self.cache.lengths, self.requests, strict=True)])
-        self.drafted, self.ahead, self.tree = turn.drafts, turn.ahead, self.drafter.tree
+        self.drafted, self.ahead = turn.drafts, turn.ahead
+        self.tree, self.among = self.drafter.tree, self.drafter.draft_vocab
         alive = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
         if len(alive) < len(self.requests):
             # The last rows take the places of those that ended: to move up would copy the caches of all behind them.
@@ -217,6 +227,18 @@ def check_nodes(nodes: int | None, sampling: Sampling, source: Source = None) ->
         raise ConfigError("nodes: drafts are accepted by rejection along chains only")
     if isinstance(source, Lookup):
         raise ConfigError("nodes: a lookup has one continuation, and no trees")
+
+
+def check_draft_vocab(draft_vocab: int | None, model: Model, source: Source = None) -> None:
+    """Raises ConfigError for a part of the vocabulary that cannot be, or is not asked."""
+    if draft_vocab is None:
+        return
+    if not 1 <= draft_vocab <= model.config.vocab_size:
+        raise ConfigError(
+            f"draft_vocab = {draft_vocab} must lie between 1 and the model's {model.config.vocab_size} tokens"
+        )
+    if isinstance(source, Lookup):
+        raise ConfigError("draft_vocab: a lookup takes drafts from the text, whatever tokens they are")
 
 
 def _commit(request: Request, tokens: Sequence[int], logprobs: Sequence[float]) -> list[int]:

@@ -37,15 +37,17 @@ class Drafter:
 
     heads: how many heads the model's own forward must run for it, head 1 included. cache: the drafter's own, if any.
     proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
-    tree: the shape of the next drafts; None is a chain of K. compiled: whether `turn` may run as one compiled call.
-    heads_draft: whether the model's own heads draft, which is then part of that call; other drafters are asked
-    behind it and get no states.
+    tree: the shape of the next drafts; None is a chain of K. draft_vocab: among how many first tokens these are; None
+    is all. Tokens of a byte-pair encoding stand in the order of their merges, frequent ones first; of the unembedding
+    fewer rows are read. compiled: whether `turn` may run as one compiled call. heads_draft: whether the model's own
+    heads draft, which is then part of that call; other drafters are asked behind it and get no states.
     """
 
     heads = 1
     cache: KVCache | None = None
     proposed: Tensor | None = None
     tree: Tree | None = None
+    draft_vocab: int | None = None
     compiled = True
     heads_draft = True
 
@@ -122,9 +124,9 @@ class Drafter:
         short = len(tokens[0]) + inside < MOST_TOKENS
         if steps is not None and self.compiled and short and change is None:
             stepper.grow_tables(cache)
-            own, ranks = (self.cache, self.ranks) if inside else (None, 1)
+            own, ranks, among = (self.cache, self.ranks, self.draft_vocab) if inside else (None, 1, None)
             picked, logprobs, paths, flat, self.proposed = steps.turn(
-                tokens, cache, own, keys, inside, self.proposed, tree, ranks
+                tokens, cache, own, keys, inside, self.proposed, tree, ranks, among
             )
             ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
             if inside or not self.drafts:
@@ -184,7 +186,7 @@ class ParallelDrafter(Drafter):
         rows = torch.arange(len(at), device=hidden.device)
         states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
         if changes(requests, lambda row: ()) is None:
-            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks)
+            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks, self.draft_vocab)
             return self.placed(candidates.tolist()), proposed
         return chained(self, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys)
 
@@ -274,7 +276,7 @@ def chained(
         state = states(firsts)
         before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in requests]
         change = changes(requests, lambda row, before=before: [[*new[row], *before[row]]])  # type: ignore[misc]
-        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks)
+        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks, drafter.draft_vocab)
         firsts.append(found[..., 0])
         candidates.append(found)
         laws.append(law)

@@ -13,7 +13,7 @@ from foretoken.cache import KVCache
 from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Turn, chained, last_of, padded
 from foretoken.errors import ConfigError
 from foretoken.model import Model, Stepper
-from foretoken.pace import WIDTH, Pace, measured_costs
+from foretoken.pace import SMALLEST_VOCABULARY, WIDTH, Pace, measured_costs, never_falling
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree
@@ -155,22 +155,23 @@ def most_drafts(stepper: Stepper, source: Source) -> int:
     return stepper.config.n_future - (0 if stepper.config.sequential and stepper.config.n_future > 1 else 1)
 
 
-def step_pace(stepper: Stepper, rows: int, source: Source = None) -> Pace:
-    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper."""
-    if (rows, source) not in stepper.paces:
-        length = min(128, stepper.config.max_position_embeddings)
+def step_pace(stepper: Stepper, rows: int, source: Source = None, draft_vocab: int | None = None) -> Pace:
+    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper.
+
+    draft_vocab: how many first tokens drafts are among; where nobody says, smaller vocabularies are tried.
+    """
+    if (rows, source, draft_vocab) not in stepper.paces:
+        length, V = min(128, stepper.config.max_position_embeddings), stepper.config.vocab_size
         requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
         sampling = Sampling(1.0)
 
-        def step(drafts: int, tree: Tree | None = None) -> Callable[[], object]:
+        def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], object]:
             room = length + 3 * drafts + 2 + WIDTH
             drafter = make_drafter(stepper, drafts, rows, room, source)
             cache = stepper.new_cache(rows, room, drafter.heads)
-            drafter.tree = tree
+            drafter.tree, drafter.draft_vocab = tree, among
             tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
-            keys = Keys(
-                sampling, [0] * rows, [length] * rows, drafts + 1, stepper.config.vocab_size, stepper.model.device
-            )
+            keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
 
             def run() -> None:
                 cache.lengths = [length] * rows
@@ -182,14 +183,27 @@ def step_pace(stepper: Stepper, rows: int, source: Source = None) -> Pace:
 
         most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
         steps = [step(drafts) for drafts in range(most + 1)]
-        further = WIDTH - 1 if most and not isinstance(source, Lookup) and stepper.config.vocab_size >= WIDTH else 0
+        further = WIDTH - 1 if most and not isinstance(source, Lookup) and V >= WIDTH else 0
         if further:
             steps.append(step(most, Tree((*range(most), *[0] * further), (*[0] * most, *range(1, WIDTH)))))
-        costs = measured_costs(steps)
+        sizes = smaller_vocabularies(stepper, source) if most and draft_vocab is None else []
+        costs = measured_costs([*steps, *(step(most, None, sizes[-1]) for _ in sizes[:1])])
+        smallest = costs.pop() if sizes else 0.0
+        costs = never_falling(costs)
         row = (costs.pop() - costs[-1]) / further if further else math.inf
         branching = source is None and not stepper.config.sequential
-        stepper.paces[rows, source] = Pace(costs, row, branching)
-    return stepper.paces[rows, source]
+        gained = max(0.0, costs[-1] - smallest)
+        spared = {size: gained * (V - size) / (V - sizes[-1]) for size in sizes}
+        stepper.paces[rows, source, draft_vocab] = Pace(costs, row, branching, spared)
+    return stepper.paces[rows, source, draft_vocab]
+
+
+def smaller_vocabularies(stepper: Stepper, source: Source) -> list[int]:
+    """Vocabularies that drafts may be among beside the whole one, large ones first: halves of halves."""
+    if isinstance(source, Lookup):
+        return []
+    halves = (stepper.config.vocab_size >> power for power in range(1, 5))
+    return [size // 64 * 64 for size in halves if size >= SMALLEST_VOCABULARY]
 
 
 def tree_pace(stepper: Stepper, drafts: int, source: Source = None) -> Pace:

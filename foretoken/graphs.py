@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foretoken.cache import KVCache, Window
 from foretoken.layers import BlockStack, Context, SequentialStack, grouped_mask
-from foretoken.sampling import Keys, Sampling, filtered, rejection
+from foretoken.sampling import Keys, Sampling, filtered, rejection, widened
 from foretoken.tree import Tree, chain
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def bucket(slots: int) -> int:
 class Shape(NamedTuple):
     """What a graph is fixed to: rows, tokens a row, slots, drafts and their candidates, and how tokens are picked.
 
-    slots: that a row's attention reads.
+    slots: that a row's attention reads. draft_vocab: how many first tokens drafts are among, None for all.
     """
 
     rows: int
@@ -52,6 +52,7 @@ class Shape(NamedTuple):
     sampling: Sampling
     tree: bool
     proposed: bool
+    draft_vocab: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Graphs:
         proposed: Tensor | None,
         tree: Tree | None = None,
         ranks: int = 1,
+        draft_vocab: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
         """A whole step, with filters too: see `Native.turn`."""
         B, T = len(tokens), len(tokens[0])
@@ -105,7 +107,7 @@ class Graphs:
         slots = cache.capacity if self.kernels else min(bucket(need), cache.capacity)
         rows = min(1 << (B - 1).bit_length(), cache.keys.size(1))
         rejects = keys.rejection and proposed is not None
-        shape = Shape(rows, T, slots, drafts, ranks, keys.sampling, tree is not None, rejects)
+        shape = Shape(rows, T, slots, drafts, ranks, keys.sampling, tree is not None, rejects, draft_vocab)
         tree = chain(T - 1) if tree is None else tree
         each = zip(tokens, cache.lengths, behind, keys.seeds, keys.positions, strict=True)
         given = [number for ids, *others in each for number in (*ids, *others)]
@@ -210,19 +212,19 @@ class Graphs:
         states: Tensor = self.kernels.run(stack, inputs, x, at.places, at.window, block)
         return states
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _logits(self, states: Tensor, draft_vocab: int | None = None) -> Tensor:
         if self.kernels:
             normed = self.kernels.normed(states.reshape(1, -1, states.size(-1)), self.norm.view(1, 1, -1), self.eps)
             normed = normed.view(states.shape)
         else:
             normed = F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps)
-        logits = F.linear(normed, self.unembedding)
+        logits = widened(F.linear(normed, self.unembedding[:draft_vocab]), self.unembedding.size(0))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _parallel(self, shape: Shape, ahead: Keys, hidden: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates (B, K, ranks) of heads 2..K+1 behind the accepted nodes, and the logits they are picked from."""
         states = hidden[1:, torch.arange(shape.rows, device=self.device), right].transpose(0, 1)
-        logits = self._logits(states)
+        logits = self._logits(states, shape.draft_vocab)
         return ahead.choose_drafts(logits, 0, shape.ranks), logits
 
     def _sequential(
@@ -236,7 +238,7 @@ class Graphs:
         for number in range(shape.drafts):
             if candidates:
                 state = self._draft(shape, cache, candidates[-1][..., 0], state, behind + right + number)
-            laws.append(self._logits(state))
+            laws.append(self._logits(state, shape.draft_vocab))
             candidates.append(ahead.choose_drafts(laws[-1], number, shape.ranks))
         return torch.cat(candidates, 1), torch.cat(laws, 1)
 

@@ -39,6 +39,7 @@ constexpr int LANES = 4, OUTS = 4, ROWS = 4;
 #endif
 
 #define UNROLL _Pragma("GCC unroll 8")  // so that arrays of vectors stay in registers
+#define INLINE inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
@@ -118,9 +119,9 @@ inline float maximum(const float* x, int64_t count) {
     return *std::max_element(a, a + LANES);
 }
 
-// Sums of the vectors of each column: acc (OUTS, R) -> out (R, OUTS).
+// Sums of the vectors of each column: acc (OUTS, R) -> out (R, OUTS). As a call it would pass them through memory.
 template <int R>
-inline void sums(const vec (&acc)[OUTS][R], float (*out)[OUTS]) {
+INLINE void sums(const vec (&acc)[OUTS][R], float (*out)[OUTS]) {
 #if defined(__AVX512F__)
     __m512 rows[R];  // two transposing additions in every 128-bit lane, then the lanes
     UNROLL for (int r = 0; r < R; ++r) {
@@ -342,12 +343,13 @@ template <class W>
 void multiply_keys(const W* keys, int64_t H, int64_t slots, const W* queries, int64_t rows, float scale, int64_t room,
                    float* scores) {
     if (H * sizeof(W) % 64) return multiply_keys_apart(keys, H, slots, queries, rows, scale, room, scores);
+    constexpr decltype(&multiply_16_keys<1, W>) of[] = {multiply_16_keys<1, W>, multiply_16_keys<2, W>,
+                                                        multiply_16_keys<3, W>, multiply_16_keys<4, W>,
+                                                        multiply_16_keys<5, W>, multiply_16_keys<6, W>};
+    const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;  // each turns the keys anew
     for (int64_t first = 0; first < slots; first += 16)
-        for (int64_t q = 0; q < rows; q += 4) {
-            auto some = rows - q >= 4 ? multiply_16_keys<4, W> : rows - q == 3 ? multiply_16_keys<3, W>
-                        : rows - q == 2 ? multiply_16_keys<2, W> : multiply_16_keys<1, W>;
-            some(keys, H, slots, first, queries + q * H, scale, room, scores + q * room);
-        }
+        for (int64_t q = 0; q < rows; q += each)
+            of[std::min(each, rows - q) - 1](keys, H, slots, first, queries + q * H, scale, room, scores + q * room);
 }
 #endif
 
@@ -387,11 +389,12 @@ struct Items {
 };
 
 // A step for each of `rows` rows: `tokens` tokens each, the last committed one and its drafts as a tree, and then new
-// drafts for `drafts` places, `ranks` candidates each. Token i hangs on token parent[i] < i, parent[0] is not read.
+// drafts for `drafts` places, `ranks` candidates each, all of them among the first `draft_vocabulary` tokens. Token i
+// hangs on token parent[i] < i, parent[0] is not read.
 // How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token);
 // position[row] is the absolute one of the token behind the row's first.
 struct Turn {
-    int64_t rows, tokens, drafts, ranks, rejection;
+    int64_t rows, tokens, drafts, ranks, rejection, draft_vocabulary;
     double temperature;
     const int64_t *token, *length, *draft_length, *seed, *position, *parent;  // (rows, tokens); lengths of the caches
     int64_t *picked, *path, *accepted, *draft;  // (rows, tokens) along the accepted path, (rows), (rows, drafts, ranks)
@@ -495,12 +498,12 @@ class Runner {
         for (int64_t i = 0; i < D; ++i) x[i] = widen(row[i]);
     }
 
-    // States (rows, D) -> logits (rows, V), normalised first.
-    void logits(const float* states, int64_t rows, float* out) {
+    // States (rows, D) -> logits (rows, vocabulary) of the first tokens, normalised first.
+    void logits(const float* states, int64_t rows, int64_t vocabulary, float* out) {
         A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
-        const Part v(m.vocabulary, OUTS);
+        const Part v(vocabulary, OUTS);
         product((const W*)m.unembedding, D, v.begin, v.end, read, D, rows,
-                [out, width = m.vocabulary](int64_t o, int64_t r, float y) { out[r * width + o] = y; });
+                [=](int64_t o, int64_t r, float y) { out[r * vocabulary + o] = y; });
         barrier();
     }
 
@@ -752,7 +755,7 @@ template <class W>
 class Turner {
     const Model& m;
     const Turn& t;
-    const int64_t B, T, K, D, V;
+    const int64_t B, T, K, D, V, M;  // M: tokens that drafts are among
     Runner<W> run;
     Further verified, kept, next;
     std::vector<int64_t> depth;     // of the tree's nodes
@@ -761,8 +764,8 @@ class Turner {
 
   public:
     Turner(const Model& model, const Turn& turn)
-        : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), run(m, B * (T + K)),
-          z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V), last(B) {
+        : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), M(t.draft_vocabulary),
+          run(m, B * (T + K)), z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V), last(B) {
         std::vector<uint64_t> ancestors;
         for (int64_t i = 0; i < T; ++i) {
             depth.push_back(i ? depth[t.parent[i]] + 1 : 0);
@@ -782,7 +785,7 @@ class Turner {
         std::copy(z.data() + p.begin, z.data() + p.end, hidden.data() + p.begin);
         barrier();
         run.block(layers[trunk], items, hidden.data(), false);
-        run.logits(hidden.data(), B * T, scores.data());
+        run.logits(hidden.data(), B * T, V, scores.data());
         for (int64_t b = omp_get_thread_num(); t.rejection && b < B; b += omp_get_num_threads())
             t.accepted[b] = reject(scores.data() + b * T * V, t.proposed + b * (T - 1) * V, t.token + b * T + 1, T - 1, V,
                                    t.temperature, t.seed[b], t.position[b], t.picked + b * T);
@@ -854,8 +857,8 @@ class Turner {
             std::copy_n(states.data() + last[b] * D, D, hidden.data() + b * D);
         barrier();
         for (int64_t d = 0; d < K; ++d) {
-            run.logits(hidden.data(), B, scores.data());
-            for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * V, b, d);
+            run.logits(hidden.data(), B, M, scores.data());
+            for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * M, b, d);
             barrier();
             if (d + 1 == K) break;
 #pragma omp single
@@ -877,17 +880,20 @@ class Turner {
                 std::copy_n(states.data() + last[b] * D, D, hidden.data() + (b * heads + h) * D);
             barrier();
         }
-        run.logits(hidden.data(), B * heads, scores.data());
+        run.logits(hidden.data(), B * heads, M, scores.data());
         for (int64_t i = omp_get_thread_num(); i < B * heads; i += omp_get_num_threads())
-            propose(scores.data() + i * V, i / heads, i % heads);
+            propose(scores.data() + i * M, i / heads, i % heads);
     }
 
     // The best candidates for place d, one after the other; the logits of those found are spent.
     void propose(float* logits, int64_t b, int64_t d) {
         const uint64_t seed = uint64_t(t.seed[b]) ^ (t.rejection ? DRAFT : 0);
-        if (t.rejection) std::copy_n(logits, V, t.proposal + (b * K + d) * V);
+        if (t.rejection) {
+            float* law = t.proposal + (b * K + d) * V;
+            std::fill(std::copy_n(logits, M, law), law + V, -INFINITY);
+        }
         for (int64_t r = 0; r < t.ranks; ++r) {
-            const int64_t found = pick(logits, V, t.temperature, seed, t.position[b] + t.accepted[b] + 1 + d);
+            const int64_t found = pick(logits, M, t.temperature, seed, t.position[b] + t.accepted[b] + 1 + d);
             t.draft[(b * K + d) * t.ranks + r] = found;
             logits[found] = -INFINITY;
         }
@@ -921,10 +927,10 @@ void draft(const Model& m, const Layer& layer, const Items& items, float* x) {
 }
 
 template <class W>
-void logits(const Model& m, const float* states, int64_t rows, float* out) {
+void logits(const Model& m, const float* states, int64_t rows, int64_t vocabulary, float* out) {
     Runner<W> run(m, rows);
 #pragma omp parallel num_threads(m.threads)
-    run.logits(states, rows, out);
+    run.logits(states, rows, vocabulary, out);
 }
 
 template <class W>
@@ -949,9 +955,9 @@ void foretoken_draft(const Model* m, const Layer* layer, const Items* items, flo
     (m->bfloat16 ? draft<bf16> : draft<float>)(*m, *layer, *items, x);
 }
 
-// Logits (rows, V) of states (rows, D).
-void foretoken_logits(const Model* m, const float* states, int64_t rows, float* out) {
-    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, out);
+// Logits (rows, vocabulary) of states (rows, D), of the first tokens.
+void foretoken_logits(const Model* m, const float* states, int64_t rows, int64_t vocabulary, float* out) {
+    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, vocabulary, out);
 }
 
 // A whole step: the forward, the target's tokens, how many drafts they accept, and the next drafts; of the block

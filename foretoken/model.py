@@ -23,7 +23,7 @@ from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
 from foretoken.processors import Change
-from foretoken.sampling import Keys, filtered, rejection
+from foretoken.sampling import Keys, filtered, rejection, widened
 from foretoken.tree import Tree
 
 MOST_FREE = 4  # caches whose memory is kept for the next
@@ -258,13 +258,15 @@ class Stepper:
         return tokens.tolist(), logprobs_of(logits, tokens), accepted.tolist()
 
     def pick_drafts(
-        self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None, ranks: int = 1
-    ) -> tuple[Tensor, Tensor]:
+        self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None, ranks: int = 1,
+        draft_vocab: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Candidates (B, k, ranks) for drafts, the first number `first` of its step, from heads' states (B, k, D).
 
-        Also the logits (B, k, V) of the law they are picked by, which acceptance by rejection needs.
+        draft_vocab: they are among so many first tokens. Also the logits (B, k, V) of the law they are picked by, which
+        acceptance by rejection needs.
         """
-        logits = self.logits(states)
+        logits = self.logits(states, draft_vocab)
         logits = change(logits) if change else logits
         drafts = keys.choose_drafts(logits, first, ranks)
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
@@ -288,11 +290,16 @@ class Stepper:
         return state
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider."""
+    def logits(self, hidden: Tensor, draft_vocab: int | None = None) -> Tensor:
+        """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider.
+
+        draft_vocab: of so many first tokens alone; those of the others are -inf.
+        """
         if self.native is not None:
-            return self.native.logits(hidden)
-        return self.model.logits(self.model.norm(hidden))
+            logits = self.native.logits(hidden, draft_vocab)
+        else:
+            logits = F.linear(self.model.norm(hidden), self.model.lm_head.weight[:draft_vocab])
+        return widened(logits if logits.dtype == torch.float64 else logits.float(), self.config.vocab_size)
 
     def grow_tables(self, cache: KVCache) -> None:
         """Make the rotary tables reach over all positions of a cache."""

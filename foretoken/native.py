@@ -56,7 +56,7 @@ _Layer = _structure(
 _Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
 _Turn = _structure(
     "_Turn",
-    sizes=("rows tokens drafts ranks rejection", _INT),
+    sizes=("rows tokens drafts ranks rejection draft_vocabulary", _INT),
     temperature=("temperature", _REAL),
     arrays=("token length draft_length seed position parent picked path accepted draft logprob proposed proposal", _AT),
 )
@@ -182,13 +182,14 @@ class Native:
         cache.advance(len(tokens[0]))
         return states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `Stepper.logits`."""
-        states = hidden.float().contiguous()
-        logits = torch.empty(*hidden.shape[:-1], self.vocabulary)
+    def logits(self, hidden: Tensor, draft_vocab: int | None = None) -> Tensor:
+        """See `Stepper.logits`; (..., draft_vocab) where that is given."""
+        states, count = hidden.float().contiguous(), draft_vocab or self.vocabulary
+        logits = torch.empty(*hidden.shape[:-1], count)
         self.library.foretoken_logits(
-            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(states.numel() // self.width), _AT(logits.data_ptr())
-        )
+            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(states.numel() // self.width), _INT(count),
+            _AT(logits.data_ptr()),
+        )  # fmt: skip
         return logits
 
     def turn(
@@ -201,14 +202,15 @@ class Native:
         proposed: Tensor | None,
         tree: Tree | None = None,
         ranks: int = 1,
+        draft_vocab: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
         """A whole step without filters, for tokens (B, T) that hang together as `tree` says, by default as a chain.
 
         Returns the target's tokens (B, T) behind the accepted nodes and their log-probabilities (what stands behind
         these means nothing), the accepted nodes of each row, and the next candidates (B, K x ranks), place by place.
-        drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted. For
-        acceptance by rejection, proposed (B, T - 1, V) are the logits that the drafts in `tokens` come from; the last
-        that is returned are those of the new ones.
+        drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted.
+        draft_vocab: new drafts are among so many first tokens. For acceptance by rejection, proposed (B, T - 1, V) are
+        the logits that the drafts in `tokens` come from; the last that is returned are those of the new ones.
         """
         B, T, K = len(tokens), len(tokens[0]), drafts
         parents = range(-1, T - 1) if tree is None else (-1, *tree.parents)
@@ -223,7 +225,7 @@ class Native:
         if proposed is not None:
             proposed = proposed.float().contiguous()
         turn = _Turn(
-            B, T, K, ranks, int(rejection), keys.sampling.temperature,
+            B, T, K, ranks, int(rejection), draft_vocab or self.vocabulary, keys.sampling.temperature,
             at, *(at + 8 * B * (T + column) for column in range(5)),
             to, to + 8 * B * T, to + 16 * B * T, to + 8 * B * (2 * T + 1), ctypes.addressof(logprobs),
             *(None if tensor is None else tensor.data_ptr() for tensor in (proposed, proposal)),

@@ -3,15 +3,17 @@
 speedup = tokens per step / step cost. The cost of a step with K drafts is measured once for a model and batch size, on
 a cache of its own. How often draft d is accepted where those before it were is followed while decoding, the newest
 steps counting most; a new batch begins with what many before it gave. The K of the highest expected tokens per second
-is taken, down to plain decoding.
+is taken, down to plain decoding. So is the part of the vocabulary that drafts are among: how many accepted drafts a
+smaller one holds is seen while all tokens may be drafted, now and then.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from foretoken.tree import Tree, chain, grown
 
@@ -23,17 +25,29 @@ ROUND = 0.003  # seconds, at least, of a step's measurement
 DOUBT = 1.0  # standard errors
 GUESS = 0.3  # of what is left, the next candidate's share, before anything is known
 WIDTH, MOST_NODES = 4, 16  # of a tree: candidates for a place, and nodes
-GAIN = 1.02  # another K must promise this much
+GAIN = 1.02  # another K, or another vocabulary of drafts, must promise this much
+SMALLEST_VOCABULARY = 2048  # of drafts
+LOOK_EVERY = 32  # choices, one of which is that all tokens may be drafted
 
 
 class Pace:
     """Chooses K from costs[K], seconds of a step with K drafts, and from what `record` has seen.
 
-    row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children.
+    row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children, which is
+    where one pass makes all drafts. spared: seconds that a step of the most drafts is shorter by when they are among so
+    many first tokens. draft_vocab: how many are taken; None is all.
     """
 
-    def __init__(self, costs: Sequence[float], row: float = math.inf, branching: bool = True) -> None:
+    def __init__(
+        self, costs: Sequence[float], row: float = math.inf, branching: bool = True,
+        spared: Mapping[int, float] | None = None,
+    ) -> None:  # fmt: skip
         self.costs, self.row, self.branching = list(costs), row, branching
+        self.spared = dict[int | None, float]([(None, 0.0), *(spared or {}).items()])
+        # Of the drafts that are accepted among all tokens: how many a smaller vocabulary holds.
+        self.within = {size: [0.0, HOPE] for size in self.spared if size is not None}
+        self.draft_vocab: int | None = None
+        self.choices = 0
         self.best = len(costs) - 1
         self.accepted, self.tried = [HOPE] + [0.0] * self.best, [HOPE] + [0.0] * self.best
         self.all_accepted, self.all_tried = list(self.accepted), list(self.tried)
@@ -41,8 +55,21 @@ class Pace:
         self.others = [[[2 * GUESS, 2.0] for _ in range(WIDTH)] for _ in costs]
         self.refused = 0  # requests that began without drafts
 
-    def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]]) -> None:
-        """A step of rows whose drafts were `trees` (B), of which the nodes `paths` (B) were accepted."""
+    def record(
+        self, trees: Sequence[Tree], paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] = (),
+        draft_vocab: int | None = None,
+    ) -> None:  # fmt: skip
+        """A step of rows whose drafts were `trees` (B), of which the nodes `paths` (B) were accepted.
+
+        tokens (B, nodes): what the nodes hold. draft_vocab: how many first tokens the drafts were among.
+        """
+        if draft_vocab is None:
+            right_ones = [row[node] for row, path in zip(tokens, paths, strict=False) for node in path[1:]]
+            for size, seen in self.within.items():
+                keep = (1 - 1 / LONG_MEMORY) ** len(right_ones)
+                seen[0] = seen[0] * keep + sum(token < size for token in right_ones)
+                seen[1] = seen[1] * keep + len(right_ones)
+        one = 1 / max(GUESS, self.share(draft_vocab))  # rates are kept as they would be with all tokens
         for depth in range(max(tree.depths[-1] for tree in trees)):
             asked = first = 0
             for tree, path in zip(trees, paths, strict=True):
@@ -60,7 +87,7 @@ class Pace:
                 ):  # fmt: skip
                     keep = (1 - 1 / memory) ** asked
                     tried[depth] = tried[depth] * keep + asked
-                    accepted[depth] = accepted[depth] * keep + first
+                    accepted[depth] = accepted[depth] * keep + first * one
 
     def _record_others(self, depth: int, below: dict[int, int], right: int) -> None:
         for rank in range(1, WIDTH):
@@ -76,7 +103,8 @@ class Pace:
         index = min(depth, len(self.tried)) - 1
         while index and not self.tried[index]:
             index -= 1  # what is untried is as the place before it
-        first = self.accepted[index] / self.tried[index] if self.tried[index] else GUESS
+        first = min(1.0, self.accepted[index] / self.tried[index]) if self.tried[index] else GUESS
+        first *= self.share(self.draft_vocab)
         odds = 1 - first if rank else first
         for before in range(1, rank + 1):
             right, tried = self.others[index][before]
@@ -90,25 +118,45 @@ class Pace:
         tree, odds = grown(MOST_NODES if nodes is None else nodes, drafts, WIDTH, self.branching, self.rate)
         count = len(odds)
         if nodes is None:
-            best, count = GAIN * self.tokens_per_step(drafts) / self.costs[drafts], 0
+            best, count = GAIN * self.speed(drafts, self.draft_vocab), 0
             expected, deepest = 1.0, 0
             for number, share in enumerate(odds, 1):
                 expected, deepest = expected + share, max(deepest, tree.depths[number])
-                speed = expected / (self.costs[deepest] + self.row * (number - deepest))
+                speed = expected / (self.cost(deepest, self.draft_vocab) + self.row * (number - deepest))
                 if speed > best:
                     best, count = speed, number
         found = tree.first(count)
         return None if not count or found == chain(drafts) else found
 
-    def tokens_per_step(self, drafts: int, doubt: float = 0.0) -> float:
-        """Expected with so many drafts; doubt: by how many standard errors rates may be better than they looked."""
+    def share(self, draft_vocab: int | None) -> float:
+        """Of the drafts that are accepted among all tokens, those among so many first ones."""
+        if draft_vocab not in self.within:
+            return 1.0
+        held, seen = self.within[draft_vocab]
+        return held / seen
+
+    def cost(self, drafts: int, draft_vocab: int | None) -> float:
+        """Seconds of a step with so many drafts among so many first tokens."""
+        passes = min(drafts, 1) if self.branching else drafts / max(1, len(self.costs) - 1)
+        return self.costs[drafts] - self.spared.get(draft_vocab, 0.0) * passes
+
+    def speed(self, drafts: int, draft_vocab: int | None, doubt: float = 0.0) -> float:
+        """Expected tokens per second."""
+        return self.tokens_per_step(drafts, doubt, self.share(draft_vocab)) / self.cost(drafts, draft_vocab)
+
+    def tokens_per_step(self, drafts: int, doubt: float = 0.0, share: float = 1.0) -> float:
+        """Expected with so many drafts; doubt: by how many standard errors rates may be better than they looked.
+
+        share: of right drafts, those that can be drafted.
+        """
         expected, still, rate = 1.0, 1.0, 1.0
         for depth in range(drafts):
             of_before = rate if depth else 0.0  # one step's worth: accepted as often as the draft before it
             tried = self.tried[depth] + (1 if depth else 0)
             rate = (self.accepted[depth] + of_before) / tried
+            rate = min(1.0, rate)
             rate = min(1.0, rate + doubt * math.sqrt(rate * (1 - rate) / tried))
-            still *= rate
+            still *= rate * share
             expected += still
         return expected
 
@@ -117,12 +165,22 @@ class Pace:
 
         Heads that have stopped drafting cannot come back before the next batch: a run of bad luck must not stop them.
         """
-        speeds = [self.tokens_per_step(k) / self.costs[k] for k in range(min(most, len(self.costs) - 1) + 1)]
+        speeds = [max(self.speed(k, size) for size in self.spared) for k in range(min(most, len(self.costs) - 1) + 1)]
         best = max(range(len(speeds)), key=speeds.__getitem__)
         now = min(self.best, len(speeds) - 1)
-        held = self.tokens_per_step(now, DOUBT if best < now else 0.0) / self.costs[now]
+        held = max(self.speed(now, size, DOUBT if best < now else 0.0) for size in self.spared)
         self.best = best if speeds[best] > GAIN * held else now
+        self._choose_vocabulary()
         return self.best
+
+    def _choose_vocabulary(self) -> None:
+        """For `best` drafts."""
+        best = max(self.spared, key=lambda size: self.speed(self.best, size))
+        if self.speed(self.best, best) > GAIN * self.speed(self.best, self.draft_vocab):
+            self.draft_vocab = best
+        self.choices += 1
+        if self.choices % LOOK_EVERY == 0:
+            self.draft_vocab = None
 
     def begin(self, most: int) -> int:
         """K for a batch that begins: where drafts have not paid, they are tried again now and then."""
@@ -139,7 +197,7 @@ class Pace:
 
 
 def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> list[float]:
-    """Seconds of each of the steps: the median of some rounds in turn, after one that warms up; never falling.
+    """Seconds of each of the steps: the median of some rounds in turn, after one that warms up.
 
     A round runs a short step some times in a row, since that is how decoding finds the processor's caches.
     """
@@ -152,7 +210,9 @@ def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> li
                 step()
             if number:
                 seconds[index].append((time.perf_counter() - began) / times)
-    costs = [statistics.median(values) for values in seconds]
-    for index in range(1, len(costs)):  # a dearer step that looked cheaper was a disturbance
-        costs[index] = max(costs[index], costs[index - 1])
-    return costs
+    return [statistics.median(values) for values in seconds]
+
+
+def never_falling(costs: Sequence[float]) -> list[float]:
+    """Costs of steps of which each does more than the one before: that it looked cheaper was a disturbance."""
+    return list(itertools.accumulate(costs, max))

@@ -156,6 +156,12 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def widened(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits (..., V) from those of the first tokens: the others are -inf, and never picked."""
+    missing = vocab_size - logits.size(-1)
+    return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
 def pick(logits: Tensor, positions: Tensor, seeds: Tensor, sampling: Sampling) -> Tensor:
     """The tokens (...) that stand at `positions` (...), from logits (..., V) and seeds that broadcast to positions."""
     return choose(logits, keyed_noise(seeds, positions, logits.size(-1), sampling), sampling)

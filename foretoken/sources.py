@@ -199,6 +199,8 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
                 messages = _messages(value, f"{where}: field '{field}'", config.errors)
                 value = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
             elif is_text and field is not None:
+                if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+                    value = "\n\n".join(value)
                 if not isinstance(value, str):
                     raise DataError(f"{where}: field '{field}' is {_shown(value)}, not a text")
                 value = _without_surrogates(value, where, config.errors)

@@ -75,6 +75,7 @@ def run(
     seeds: Sequence[int] | None = None,
     end_ids: Sequence[int] = (),
     source: Source = None,
+    draft_vocab: int | None = None,
 ) -> list[Request]:
     """Decode `prompts` as one batch and return the finished requests."""
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -82,7 +83,7 @@ def run(
         Request(list(prompt), limit, seeds[i] if seeds else i, frozenset(end_ids))
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    for _ in decode(model, requests, sampling or Sampling(), drafts, source=source):
+    for _ in decode(model, requests, sampling or Sampling(), drafts, source=source, draft_vocab=draft_vocab):
         pass
     return requests
 

@@ -182,10 +182,11 @@ def speculative_is_plain(
     max_tokens: Sequence[int] = (24,),
     end_ids: Sequence[int] = (),
     tolerance: float = 1e-9,
+    draft_vocab: int | None = None,
 ) -> list[Request]:
     """A drafted batch gives token for token what plain decoding gives each prompt alone; returns the drafted batch."""
     limits = [max_tokens[i % len(max_tokens)] for i in range(len(prompts))]
-    drafted = run(model, prompts, drafts, sampling, limits, end_ids=end_ids)
+    drafted = run(model, prompts, drafts, sampling, limits, end_ids=end_ids, draft_vocab=draft_vocab)
     for i, (prompt, request) in enumerate(zip(prompts, drafted, strict=True)):
         plain = run(model, [prompt], 0, sampling, [limits[i]], [i], end_ids)[0]
         same_output(request, plain, tolerance)
@@ -240,8 +241,8 @@ def with_heads(model: Model, n: int) -> Model:
 
 
 @torch.no_grad()
-def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling) -> None:
-    """Each step's drafts are what heads 2, 3, .. pick where head 1 picked the newest token.
+def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling, draft_vocab: int | None = None) -> None:
+    """Each step's drafts are what heads 2, 3, .. pick, among so many tokens, where head 1 picked the newest token.
 
     A sequential head is fed the step's own drafts. A wrong draft costs speed and changes no output, so no other check
     would see it.
@@ -255,6 +256,7 @@ def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling) -> 
         logits = [model.logits(hidden)[0, newest - 1] for hidden in model(torch.tensor([read]))]
         for k, draft in enumerate(step.drafted):
             position = torch.tensor(newest + 1 + k)
+            logits[k + 1][draft_vocab or len(logits[k + 1]) :] = float("-inf")
             wanted = pick(logits[k + 1], position, torch.tensor(request.seed), sampling).item()
             require(draft == wanted, f"head {k + 2} drafted {draft} for position {int(position)}, not {wanted}")
         committed += step.committed
@@ -378,6 +380,7 @@ def sampling_law(
     samples: int,
     length: int | None = None,
     source: Source = None,
+    draft_vocab: int | None = None,
 ) -> list[Request]:
     """The joint of `length` tokens (K + 2, which crosses a step) over seeds 0, 1, .. is the plain model's."""
     length = drafts + 2 if length is None else length
@@ -385,7 +388,7 @@ def sampling_law(
     requests = []
     for start in range(0, samples, 2500):
         seeds = range(start, min(start + 2500, samples))
-        requests += run(model, [prompt] * len(seeds), drafts, sampling, length, list(seeds), source=source)
+        requests += run(model, [prompt] * len(seeds), drafts, sampling, length, list(seeds), (), source, draft_vocab)
     V = model.config.vocab_size
     cells = [sum(token * V ** (length - 1 - k) for k, token in enumerate(r.ids)) for r in requests]
     follows(np.bincount(cells, minlength=len(law)), law)

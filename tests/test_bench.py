@@ -64,7 +64,22 @@ def rows_add_up(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 def test_random_weights(small_shape: None, run: Run, kind: str, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "result.json"
-    options = ["--batch", 1, "--batch", 2, "--context", 20, "--tokens", 5, "--rounds", 2, "--head-kind", kind]
+    options = [
+        "--batch",
+        1,
+        "--batch",
+        2,
+        "--draft-vocab",
+        99,
+        "--context",
+        20,
+        "--tokens",
+        5,
+        "--rounds",
+        2,
+        "--head-kind",
+        kind,
+    ]
     done = run("bench", "decode", "--size", "30m", *options, "--no-peers", "--out", out, "--json")
     result = done.json
     assert json.loads(out.read_text()) == result
@@ -72,7 +87,9 @@ def test_random_weights(small_shape: None, run: Run, kind: str, tmp_path: Path) 
     assert set(result["versions"]) >= {"foretoken", "torch", "transformers", "xllamacpp"}
     rows_add_up(result["rows"])
     shown = [(row["batch"], row["decoder"], row["drafts"]) for row in result["rows"]]
-    ways = [*(("foretoken", k) for k in range(4)), ("foretoken, tree of 5", 3), ("foretoken, tree of 8", 3)]
+    ways = [("foretoken", 0)]
+    ways += [way for k in (1, 2, 3) for way in (("foretoken", k), ("foretoken, drafts of 99 tokens", k))]
+    ways += [("foretoken, tree of 5", 3), ("foretoken, tree of 8", 3)]
     assert shown == [(batch, *way) for batch in (1, 2) for way in ways]
     for row in result["rows"]:  # acceptance means nothing where K is given
         assert (row["tokens_per_step"] is None) == bool(row["drafts"])
@@ -105,6 +122,22 @@ def test_a_checkpoint_on_its_text(run: Run, checkpoint: Path, tmp_path: Path, sm
         assert row["ms_per_token"] == pytest.approx(row["ms_per_step"] / row["tokens_per_step"], rel=0.2)
     shown = run("bench", "decode", checkpoint, *options).out
     assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + len(rows)
+
+
+def test_records_that_are_prompts(run: Run, checkpoint: Path, tmp_path: Path, small_shape: None) -> None:  # noqa: F811
+    """Whole ones, spread over the file; of a long one the end that the model has room for."""
+    records = [{"turns": [f"Question {i}?", "And then?"]} for i in range(9)] + [{"turns": ["x" * 900]}]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["--data", data, "--prompt-field", "turns", "--tokens", 6, "--prompts", 2, "--rounds", 1, "--no-peers"]
+    rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--json").json["rows"]
+    assert {row["context"] for row in rows} == {1 + len("Question 0?\n\nAnd then?")}
+    assert {row["domain"] for row in rows} == {str(data)}
+    rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--prompts", 10, "--json").json["rows"]
+    assert {row["context"] for row in rows} == {round((9 * 23 + 250) / 10)}
+    wrong = run("bench", "decode", checkpoint, *options, "--prompt-field", "text")
+    assert wrong.code == 2
+    assert "no field 'text'; the record has turns" in wrong.errors
 
 
 def test_peers_decode_the_same(checkpoint: Path) -> None:

@@ -473,6 +473,7 @@ GENERATE_CASES: dict[str, tuple[Sequence[object], str]] = {
     "schema": (["a", "--json-schema", "/none"], "/none: No such file or directory"),
     "two grammars": (["a", "--regex", "a", "--lark", __file__], "lark: "),
     "lookup": (["a", "--lookup", -1], "lookup = -1 must be at least 1 token"),
+    "draft vocabulary": (["a", "--draft-vocab", 0], "draft_vocab = 0 must lie between 1 and the model's"),
     "draft model": (["a", "--draft-model", "/none"], "/none"),
     "accept": (["a", "--accept", "most"], 'accept = "most" must be one of keyed, rejection'),
     "a word for a number": (["a", "--max-tokens", "many"], "valid integer"),
@@ -594,7 +595,8 @@ def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_drafts_from_elsewhere_and_grammars(run: Run, model: Path) -> None:
     plain = run("generate", model, "def add", "--max-tokens", 30, "--drafts", 0, "--json").json
-    for options in (["--lookup", 2], ["--draft-model", model], ["--draft-model", model, "--drafts", 2]):
+    draft_model = ["--draft-model", model]
+    for options in (["--lookup", 2], draft_model, [*draft_model, "--drafts", 2], ["--drafts", 1, "--draft-vocab", 99]):
         assert run("generate", model, "def add", "--max-tokens", 30, *options, "--json").json["ids"] == plain["ids"]
     options = ["--logit-bias", "65=100", "--max-tokens", 4, "--json"]
     assert run("generate", model, "def add", *options).json["text"] == "AAAA"

@@ -90,6 +90,12 @@ def test_same_records_from_every_format(tmp_path: Path) -> None:
         assert [d.name for d in found] == [f"{path}:{i}" for i in (1, 2, 3)]
 
 
+def test_a_list_of_texts_is_one(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "turns.jsonl", [{"turns": ["Why?", "And then?"]}, {"turns": ["x"]}, {"turns": "y"}])
+    found = documents(DataConfig(source=(str(path),), text_field="turns"), [str(path)])
+    assert [document.text for document in found] == ["Why?\n\nAnd then?", "x", "y"]
+
+
 def test_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -144,6 +150,8 @@ BAD = {
     "miss.jsonl": (b'{"b": 1, "a": 2}', {}, r"miss\.jsonl:1: no field 'text'; the record has a, b$"),
     "domain.jsonl": (b'{"text": "x"}', {"domain_field": "d"}, r"domain\.jsonl:1: no field 'd'; the record has text$"),
     "type.jsonl": (b'{"text": [1, 2]}', {}, r"type\.jsonl:1: field 'text' is \[1, 2\], not a text$"),
+    "mixed.jsonl": (b'{"text": ["a", 2]}', {}, r"mixed\.jsonl:1: field 'text' is \[\"a\", 2\], not a text$"),
+    "empty.jsonl": (b'{"text": []}', {}, r"empty\.jsonl:1: field 'text' is \[\], not a text$"),
     "half.jsonl": (b'{"text": "a\\ud83d"}', {}, r"half\.jsonl:1: text has a lone surrogate at character 1"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}' * 9)[:-9], {}, r"cut\.jsonl\.gz: truncated or damaged gzip"),
     "no.jsonl.gz": (b'{"text": "a"}', {}, r"no\.jsonl\.gz: truncated or damaged gzip"),

@@ -73,6 +73,23 @@ def test_speculative_equals_plain(drafts: int, sampling: Sampling) -> None:
     assert accepted > 10  # drafts were verified, not only refused
 
 
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[1], SAMPLINGS[5]], ids=["greedy", "plain", "all"])
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_drafts_among_the_first_tokens_change_nothing(kind: str, sampling: Sampling) -> None:
+    accepted = {}
+    for draft_vocab in (1, 6, 16, 17):
+        requests = []
+        for model in (tiny_model(head_kind=kind), tiny_model(head_kind=kind, peaked=False, seed=1)):
+            for request in speculative_is_plain(model, PROMPTS, 3, sampling, (24, 1, 17), draft_vocab=draft_vocab):
+                logprobs_are_targets(model, request)
+                drafts_are_the_heads(model, request, sampling, draft_vocab)
+                requests.append(request)
+        drafted = {token for request in requests for step in request.steps for token in step.drafted}
+        assert drafted <= set(range(draft_vocab))
+        accepted[draft_vocab] = sum(step.accepted for request in requests for step in request.steps)
+    assert 0 < accepted[1] < accepted[17] or sampling.temperature == 0
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_speculative_equals_plain_in_other_architectures(architecture: str) -> None:
     model = tiny_model(architecture, n_future=3, kv_heads=1, seed=4)

@@ -147,6 +147,7 @@ def test_text_in_and_out() -> None:
     plain = generate(model, tokenizer, prompts, max_tokens=30, drafts=0)
     for found in (
         generate(model, tokenizer, prompts, max_tokens=30, lookup=3),
+        generate(model, tokenizer, prompts, max_tokens=30, draft_vocab=128),
         generate(model, tokenizer, prompts, max_tokens=30, draft_model=other, drafts=2),
         generate(model, tokenizer, prompts, max_tokens=30, draft_model=other, drafts=2, batch_size=1),
     ):
@@ -161,6 +162,9 @@ def test_mistakes() -> None:
         ({"draft_model": small()}, "the draft model has 17 tokens, the model 260"),
         ({"draft_model": model, "lookup": 2}, "only one of them"),
         ({"lookup": -1}, "lookup = -1 must be at least 1 token"),
+        ({"draft_vocab": 0}, "draft_vocab = 0 must lie between 1 and the model's 260 tokens"),
+        ({"draft_vocab": 261}, "draft_vocab = 261 must lie between 1 and the model's 260 tokens"),
+        ({"draft_vocab": 9, "lookup": 2}, "whatever tokens they are"),
         ({"lookup": 2, "drafts": 256}, "drafts 0 to 255 tokens per step"),
     ):
         with pytest.raises(ConfigError) as error:

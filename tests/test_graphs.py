@@ -49,11 +49,12 @@ def eager(model: Model) -> Model:
 
 
 def decoded(
-    model: Model, drafts: int | None, sampling: Sampling, nodes: int | None = None, slots: int | None = None
-) -> list[Request]:
+    model: Model, drafts: int | None, sampling: Sampling, nodes: int | None = None, slots: int | None = None,
+    draft_vocab: int | None = None,
+) -> list[Request]:  # fmt: skip
     limits = itertools.cycle([20, 1, 13, 7, 25])
     requests = [Request(list(p), next(limits), i, frozenset([11])) for i, p in enumerate(PROMPTS * 2)]
-    for _ in decode(model, requests, sampling, drafts, slots, None, nodes):
+    for _ in decode(model, requests, sampling, drafts, slots, None, nodes, draft_vocab):
         pass
     return requests
 
@@ -89,6 +90,19 @@ def test_trees(kind: str, sampling: Sampling) -> None:
     model, slow = with_graphs(small(kind)), eager(small(kind))
     for drafts, nodes, slots in ((2, 5, None), (3, 9, 3), (3, 16, None)):
         same_steps(decoded(model, drafts, sampling, nodes, slots), decoded(slow, drafts, sampling, nodes, slots), 1e-9)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_among_the_first_tokens(kind: str, sampling: Sampling) -> None:
+    model, slow = with_graphs(small(kind)), eager(small(kind))
+    for draft_vocab, nodes in ((1, None), (6, None), (16, 3), (9, 7)):
+        nodes = None if sampling.rejects else nodes
+        found, wanted = (decoded(m, 3, sampling, nodes, 3, draft_vocab) for m in (model, slow))
+        same_steps(found, wanted, 1e-9)
+        assert max(token for r in found for step in r.steps for token in step.drafted) < draft_vocab
+        for a, b in zip(found, decoded(slow, 0, sampling), strict=True) if not sampling.rejects else ():
+            same_output(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,6 +167,8 @@ def test_captured_steps_are_the_same(kind: str, sampling: Sampling) -> None:
         for _ in range(2):  # captured, and replayed
             found = decoded(model, drafts, sampling, nodes, slots)
             same_steps(found, decoded(slow, drafts, sampling, nodes, slots), 1e-9)
+    found = decoded(model, 3, sampling, None, None, 9)
+    same_steps(found, decoded(slow, 3, sampling, None, None, 9), 1e-9)
     graphs = model.stepper().graphs
     assert graphs is not None
     assert graphs.captured

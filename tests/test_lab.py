@@ -6,13 +6,14 @@ import json
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import tiny_model
 from small_runs import write_corpus
 
 from foretoken.config import Recipe
 from foretoken.display import Display
-from foretoken.lab import acceptance, head_kinds, retrofit
+from foretoken.lab import acceptance, draft_vocab, head_kinds, retrofit
 from foretoken.recipe import load_recipe
 from foretoken.sources import Document
 from foretoken.tokenizer import byte_tokenizer
@@ -121,3 +122,40 @@ def test_retrofit_runs_and_resumes(
     monkeypatch.setattr(retrofit, "train", None)
     retrofit.main(command)
     assert capsys.readouterr().out == shown
+
+
+def test_vocabularies_of_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"split": "train" if i % 4 else "validation", "text": f"x_{i} = {i}\n" * 9}) for i in range(40)]
+    (tmp_path / "code.jsonl").write_text("\n".join(lines))
+    document = Document("x = 1\n" * 200, "here")
+    monkeypatch.setattr(draft_vocab, "evaluation_documents", lambda folder: [document])
+    monkeypatch.setattr(draft_vocab, "load_checkpoint", lambda folder: (tiny_model(vocab=260), byte_tokenizer()))
+    for name, value in (("PROMPTS", 2), ("MAX_TOKENS", 20), ("SIZES", (32, 100, 270, 9999))):
+        monkeypatch.setattr(draft_vocab, name, value)
+    command = ["a", "--data", str(tmp_path / "code.jsonl"), "--split-field", "split", "--vocab-size", "290"]
+    draft_vocab.main([*command, "--out", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    shares, within = (result["data"]["code.jsonl"][name] for name in ("shares", "shares_of_foretold"))
+    assert list(within) == list(shares)
+    assert 0 < result["data"]["code.jsonl"]["foretold"] < 1
+    assert list(shares) == ["32", "100", "270"]
+    assert 0 < shares["32"] < shares["100"] < shares["270"] <= 1
+    model = result["models"]["a"]
+    assert model["shares"] == pytest.approx({"32": 1 / 6, "100": 5 / 6})  # of "x = 1" all but the x, and the line's end
+    assert set(model["greedy"]) == set(model["sampled"]) == {"32", "100", "260"}
+    assert all(1 <= value <= 4 for how in ("greedy", "sampled") for value in model[how].values())
+    assert draft_vocab.table(result) in capsys.readouterr().out
+
+
+def test_the_log_holds_the_stored_vocabularies() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "draft-vocab.json").read_text(encoding="utf-8"))
+    assert draft_vocab.table(result) in (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+
+
+def test_what_two_tokens_foretell() -> None:
+    """The follower of a pair that was most frequent; nothing for a pair that was not there."""
+    train, held = np.array([1, 2, 3, 1, 2, 4, 1, 2, 3]), np.array([1, 2, 3, 1, 2, 4, 4, 4, 1, 2, 3])
+    # (1 2) -> 3 and not 4; (2 4) -> 1; (4 4) was not there
+    assert draft_vocab.foretold(train, held, 10).tolist() == [3, 1, 2, 2, 3]

@@ -222,6 +222,21 @@ def test_decoding_equals_pytorch(kind: str, sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, SOFT, REJECTION], ids=["greedy", "soft", "rejection"])
 @pytest.mark.parametrize("kind", KINDS)
+def test_drafts_among_the_first_tokens_equal_pytorch(kind: str, sampling: Sampling) -> None:
+    """And to the last bit plain decoding, in bfloat16, where that does not depend on drafts."""
+    model, short = small(kind, seed=3, peaked=False), small(kind, torch.bfloat16, width=40, peaked=False)
+    for draft_vocab in (1, 5, 16, 17):
+        found, wanted = (run(m, PROMPTS, 3, sampling, draft_vocab=draft_vocab) for m in (model, twin(model)))
+        steps_agree(found, wanted)
+        assert max(token for r in found for step in r.steps for token in step.drafted) < draft_vocab
+        if sampling.accept == "keyed":
+            drafted = run(short, PROMPTS, 3, sampling, draft_vocab=draft_vocab)
+            for a, b in zip(drafted, run(short, PROMPTS, 0, sampling), strict=True):
+                same_output(a, b, 0.0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SOFT, REJECTION], ids=["greedy", "soft", "rejection"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_call_is_its_parts(
     kind: str, dtype: torch.dtype, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +285,17 @@ def test_speculative_is_plain_to_the_last_bit(kind: str, width: int, dtype: torc
                     same_bits(a, b)
             accepted += sum(step.accepted for request in together for step in request.steps)
         assert accepted > 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_see_their_neighbours(dtype: torch.dtype, kv_heads: int) -> None:
+    """Heads of 32: whole vectors in both types, whose keys are turned for up to six queries at a time."""
+    model = small("sequential", dtype, width=128, kv_heads=kv_heads, peaked=False)
+    plain = run(model, LONG, 0, SOFT, 8)
+    for drafts in range(1, 9):
+        for a, b in zip(run(model, LONG, drafts, SOFT, 8), plain, strict=True):
+            same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -390,6 +416,28 @@ def test_law_of_rejection(kind: str, drafts: int, sampling: Sampling, samples: i
     samples = samples if dtype == torch.float32 else samples // 2  # PyTorch takes its time
     requests = sampling_law(model, [1, 2, 3], drafts, sampling, samples)
     assert {step.accepted for request in requests for step in request.steps} == set(range(drafts + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law_of_rejection_among_the_first_tokens(kind: str) -> None:
+    """Compiled, and, with a filter, where PyTorch picks."""
+    for sampling, samples in ((REJECTION, 3000), (Sampling(1.5, top_k=2, accept="rejection"), 1200)):
+        requests = sampling_law(law_model(kind), [1, 2, 3], 2, sampling, samples, draft_vocab=3)
+        assert {step.accepted for request in requests for step in request.steps} == {0, 1, 2}
+
+
+def test_a_law_of_all_tokens_for_drafts_of_some_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug to fear: q as the head gives it, for drafts that were drawn among fewer tokens."""
+    real = Stepper.pick_drafts
+
+    def pick_drafts(own: Stepper, states: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return real(own, states, *rest)[0], own.logits(states)  # type: ignore[arg-type]
+
+    model = law_model(dtype=torch.float64)
+    sampling_law(model, [1, 2, 3], 1, REJECTION, 1200, draft_vocab=3)
+    monkeypatch.setattr(Stepper, "pick_drafts", pick_drafts)
+    with pytest.raises(Violation):
+        sampling_law(model, [1, 2, 3], 1, REJECTION, 1200, draft_vocab=3)
 
 
 def slow_rejection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -10,8 +11,9 @@ from invariants import same_output
 from test_decode import CONFIDENT, PROMPTS, VAGUE
 
 from foretoken import decode as decoding
+from foretoken import drafters
 from foretoken.drafters import step_pace
-from foretoken.pace import PROBE_EVERY, Pace, measured_costs
+from foretoken.pace import PROBE_EVERY, Pace, measured_costs, never_falling
 from foretoken.sampling import Sampling
 from foretoken.tree import chain
 
@@ -97,8 +99,63 @@ def test_costs_never_fall() -> None:
     seen = []
     costs = measured_costs([lambda k=k: seen.append(k) for k in range(3)], rounds=2)
     assert seen == [0, 1, 2, 0, 1, 2, *[0] * 20, *[1] * 20, *[2] * 20]  # short ones some times in a row
-    assert costs == sorted(costs)
     assert all(cost > 0 for cost in costs)
+    assert never_falling([3.0, 2.0, 4.0, 1.0]) == [3.0, 3.0, 4.0, 4.0]
+
+
+def with_vocabularies(within: float, spared: dict[int, float], branching: bool = True, steps: int = 200) -> Pace:
+    """After steps of three drafts, all right; of the accepted ones, so many lie among the first 100 tokens."""
+    pace, odd = Pace([1.0, 1.5, 1.6, 1.7], branching=branching, spared=spared), 0.0
+    for _ in range(steps):
+        row = [0]
+        for _ in range(3):
+            odd += within
+            row.append(50 if odd >= 1 else 150)
+            odd %= 1
+        pace.record([chain(3)], [range(4)], [row], pace.draft_vocab)
+        pace.choose(3)
+    return pace
+
+
+def test_fewer_tokens_are_drafted_where_that_pays() -> None:
+    """4 tokens for 1.7, or 1 + .9 + .81 + .73 = 3.44 for 1.7 less what is spared."""
+    assert with_vocabularies(0.9, {100: 0.35}).draft_vocab == 100
+    assert with_vocabularies(0.9, {100: 0.15}).draft_vocab is None
+    assert with_vocabularies(0.9, {}).draft_vocab is None
+    assert with_vocabularies(0.9, {100: 0.35}).tokens_per_step(3) == pytest.approx(4, abs=0.1)  # as with all tokens
+    assert with_vocabularies(0.3, {100: 0.35}).draft_vocab is None
+    assert with_vocabularies(1.0, {100: 0.35}, steps=4).draft_vocab is None  # not before it is known
+    pace = with_vocabularies(1.0, {200: 0.2, 100: 0.35})
+    assert pace.draft_vocab == 100
+    for _ in range(400):  # another text: seen where all tokens are drafted, now and then
+        pace.record([chain(3)], [range(4)], [[0, 150, 150, 150]], pace.draft_vocab)
+        pace.choose(3)
+    assert pace.draft_vocab == 200
+
+
+def test_what_a_smaller_vocabulary_spares() -> None:
+    """One reading of the unembedding where drafts are made in one pass, else as many as there are drafts."""
+    one, each = (with_vocabularies(1.0, {100: 0.3}, branching) for branching in (True, False))
+    assert [one.cost(k, 100) for k in range(4)] == pytest.approx([1.0, 1.2, 1.3, 1.4])
+    assert [each.cost(k, 100) for k in range(4)] == pytest.approx([1.0, 1.4, 1.4, 1.4])
+    assert [one.cost(k, None) for k in range(4)] == one.costs
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_output_does_not_depend_on_the_vocabulary_of_drafts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafters, "SMALLEST_VOCABULARY", 64)
+    model, seen = tiny_model(head_kind=kind, vocab=300, peaked=False, seed=1), set()
+    pace = step_pace(model.stepper(), len(PROMPTS))
+    assert list(pace.spared) == [None, 128, 64]
+    monkeypatch.setattr(pace, "_choose_vocabulary", lambda: setattr(pace, "draft_vocab", next(sizes)))
+    sizes = itertools.cycle([128, None, 64])
+    pace.costs = [1.0] * len(pace.costs)  # all drafts pay
+    for sampling in (Sampling(), Sampling(0.8, top_p=0.9)):
+        plain, chosen = run(model, PROMPTS, 0, sampling, 60), run(model, PROMPTS, None, sampling, 60)
+        for a, b in zip(chosen, plain, strict=True):
+            same_output(a, b)
+            seen |= {max(step.drafted, default=0) // 64 for step in a.steps}
+    assert seen == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])

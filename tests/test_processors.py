@@ -207,6 +207,7 @@ def test_json_follows_its_schema(model: Model, temperature: float) -> None:
         {"drafts": 1},
         {"drafts": 3},
         {"drafts": 3, "lookup": 2},
+        {"drafts": 3, "draft_vocab": 100},
         {"drafts": 2, "draft_model": SEQUENTIAL},
         {},
     ):

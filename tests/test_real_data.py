@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from foretoken.bench import whole_prompts
 from foretoken.config import DataConfig
 from foretoken.data import prepare
-from foretoken.sources import split_documents
+from foretoken.sources import documents, split_documents
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.windows import Windows
 
@@ -34,6 +35,18 @@ def test_children_stories_are_prepared_whole(tmp_path: Path) -> None:
     assert len({train.domain(i) for i in range(train.documents)}) > 10
     batch = Windows(train, seq_len=256, n_future=4, batch_size=8, seed=0).batch(0)
     assert batch.tokens.shape == (8, 260)
+
+
+def test_spec_bench_is_a_domain() -> None:
+    """Prompts of several turns, as `foretoken bench decode --prompt-field turns` reads them."""
+    config = DataConfig(source=(str(DATA / "spec_bench"),), text_field="turns", domain_field="category")
+    found = list(documents(config, config.source))
+    assert len(found) == 320
+    assert {"qa", "rag", "math_reasoning"} < {document.domain for document in found}
+    assert found[0].text.startswith("Compose an engaging travel blog post")
+    assert "\n\nRewrite your previous response." in found[0].text
+    chosen = whole_prompts([document.text for document in found], 8)
+    assert len({document.domain for document in found if document.text in chosen}) > 3
 
 
 def test_a_single_text_file_holds_out_its_end(tmp_path: Path) -> None:

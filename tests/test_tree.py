@@ -152,7 +152,7 @@ def test_law(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
                 p.mul_(12)
     monkeypatch.setattr(decoding, "decode", decode)
     real = Batch.__init__
-    monkeypatch.setattr(Batch, "__init__", lambda own, *rest: real(own, *rest[:-1], 6))  # six nodes
+    monkeypatch.setattr(Batch, "__init__", lambda own, *rest: real(own, *rest[:-2], 6, None))  # six nodes
     requests = sampling_law(model.to(dtype), [1, 2, 3], 2, SOFT, 4000)
     assert max(len(step.drafted) for r in requests for step in r.steps) == 6
 
