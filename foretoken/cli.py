@@ -17,7 +17,7 @@ import typer
 from foretoken.cli_bench import bench
 from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
 from foretoken.cli_generate import generate
-from foretoken.cli_lab import lab
+from foretoken.lab.cli import lab
 
 app = typer.Typer(
     name="foretoken",

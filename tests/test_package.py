@@ -92,7 +92,7 @@ ORDER = [
     "cli_common",
     "cli_bench",
     "cli_generate",
-    "cli_lab",
+    "lab.cli",
     "cli",
     "__main__",
 ]
