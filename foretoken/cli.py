@@ -19,7 +19,7 @@ from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dty
 from foretoken.cli_export import export
 from foretoken.cli_generate import generate
 from foretoken.cli_import import importing
-from foretoken.cli_lab import lab
+from foretoken.lab.cli import lab
 
 app = typer.Typer(
     name="foretoken",

@@ -112,7 +112,7 @@ ORDER = [
     "cli_export",
     "cli_generate",
     "cli_import",
-    "cli_lab",
+    "lab.cli",
     "cli",
     "__main__",
 ]

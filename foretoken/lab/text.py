@@ -35,6 +35,7 @@ from foretoken.windows import Batch, Windows
 SMALL = [
     "model.hidden_size=32", "model.num_attention_heads=2", "train.batch_size=2", "train.seq_len=64",
     "train.eval_windows=2", "train.precision=float32", "data.validation_fraction=0.4",
+    "model.max_position_embeddings=256",
 ]  # fmt: skip
 LARGE = [
     "model.hidden_size=512", "model.num_attention_heads=8", "train.batch_size=32", "train.seq_len=1024",
