@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -192,9 +193,9 @@ def test_luck_behind_a_short_lookup_is_not_counted(monkeypatch: pytest.MonkeyPat
     seen: list[tuple[list[int], list[list[int]]]] = []
 
     class Watched(Pace):
-        def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]]) -> None:
+        def record(self, trees: Sequence[Tree], paths: Sequence[Sequence[int]], *rest: Any) -> None:
             seen.append(([len(tree.parents) for tree in trees], [list(path) for path in paths]))
-            super().record(trees, paths)
+            super().record(trees, paths, *rest)
 
     monkeypatch.setattr(decoding, "step_pace", lambda *_: Watched([1.0] * 4))
     requests = [Request([0, 0, 0, 0], 12), Request([5, 6, 7], 12)]

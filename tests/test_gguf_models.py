@@ -113,7 +113,7 @@ def test_eight_bits_hold_the_weights_to_half_a_step(parallel: Trained, tmp_path:
     assert kinds == {"F32", "Q8_0"}
     for tensor in short:
         wanted = torch.from_numpy(exact[tensor.name].data.copy()).float()
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).view_as(wanted)
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view_as(wanted)
         blocks = wanted.reshape(-1, 32) if tensor.tensor_type.name == "Q8_0" else wanted.reshape(-1, 1)
         step = blocks.abs().amax(-1, keepdim=True) / 127 * (tensor.tensor_type.name == "Q8_0")
         # half a step, and the rounding of the step to half precision

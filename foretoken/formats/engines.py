@@ -74,7 +74,7 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     if sequential:
         yield Use("vllm", every, most, (serve,), "make test-engines")
     else:
-        yield Use("vllm", every, most, ("pip install foretoken-vllm", serve), "make test-engines")
+        yield Use("vllm", every, most, ("pip install ./plugins/foretoken-vllm", serve), "make test-engines")
     yield _gguf_use(folder, config, stock, drafts)
     out, reason = Path(f"{folder}-eagle3"), ""
     export = f"foretoken export eagle3 {ckpt} {shlex.quote(str(out))}"
