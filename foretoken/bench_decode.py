@@ -26,6 +26,7 @@ from foretoken.bench import held_out_prompts, whole_prompts
 from foretoken.bench_peers import Timing, Workload, decoders, versions
 from foretoken.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from foretoken.config import ModelConfig
+from foretoken.decode import check_draft_vocab
 from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.evaluate import evaluation_documents
@@ -91,6 +92,8 @@ def bench(
     gb_s: float, meaningful: bool, draft_vocabs: Sequence[int], display: Display,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one model, whose directory is `folder`. meaningful: whether acceptance means something."""
+    for size in draft_vocabs:
+        check_draft_vocab(size, model)
     rows = []
     main = [p for n, p in model.named_parameters() if hf.main_name(n, model.config)]
     for work in works:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizer_twins import LLAMA_2_FIRST, llama_2
+from tokenizers import AddedToken
 
 from foretoken.tokenizer import Tokenizer, train_bpe
 
@@ -135,27 +135,6 @@ def bpe(template: str, bos: str | None, eos: str, *others: str, rstrip: bool = F
     return Tokenizer(backend, *ids, None, template)
 
 
-def sentencepiece(template: str) -> Tokenizer:
-    """Llama 2's shape: spaces as U+2581 with one in front of every piece of text, byte fallback."""
-    byte_tokens = (f"<0x{byte:02X}>" for byte in range(256))
-    pieces = ["<unk>", "<s>", "</s>", *byte_tokens, "\u2581", *"abcdefghiINST[/]", "\u2581a"]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=[("\u2581", "a")],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in pieces[:3]])
-    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B:1", [("<s>", 1)])
-    return Tokenizer(backend, 1, 2, None, template)
-
-
 def _closed(end: str) -> Callable[[str], str]:
     return lambda said: said + end
 
@@ -167,7 +146,11 @@ STYLES = {
     "chatml with blocks": Style(bpe(CHATML_BLOCKS, None, *IM), _closed("<|im_end|>"), "<|im_end|>"),
     "chatml with tools": Style(bpe(CHATML_TOOLS, None, *IM), _closed("<|im_end|>"), "<|im_end|>"),
     "llama 3": Style(bpe(LLAMA_3, "<|begin_of_text|>", *HEADERS), lambda s: s.strip() + "<|eot_id|>", "<|eot_id|>"),
-    "llama 2": Style(sentencepiece(LLAMA_2), lambda s: f" {s.strip()} </s>", "</s>"),
+    "llama 2": Style(
+        llama_2([*LLAMA_2_FIRST, "\u2581", *"abcdefghiINST[/]", "\u2581a"], [("\u2581", "a")], LLAMA_2),
+        lambda s: f" {s.strip()} </s>",
+        "</s>",
+    ),
     "llama 2, bytes": Style(bpe(LLAMA_2, "<s>", "</s>"), lambda s: f" {s.strip()} </s>", "</s>"),
     "phi": Style(
         bpe(PHI, "<s>", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", rstrip=True),

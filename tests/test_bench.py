@@ -164,6 +164,7 @@ MISTAKES: list[tuple[list[object], str]] = [
     (["--size", "30m", "--tokens", 1], "tokens = 1 must be at least 2"),
     (["--size", "30m", "--batch", 0], "batch = 0 must be at least 1"),
     (["--size", "30m", "--rounds", 0], "rounds = 0 must be at least 1"),
+    (["--size", "30m", "--draft-vocab", 0], "draft_vocab = 0 must lie between 1 and the model's 300 tokens"),
     (["--size", "30m", "--dtype", "int4"], "dtype int4: must be one of"),
     (["/no/such/checkpoint"], "/no/such/checkpoint"),
 ]

@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizer_twins import LLAMA_2_FIRST, llama_2
+from tokenizers import models
 
 from foretoken import tokenizer as tk
 from foretoken.config import TokenizerConfig
@@ -23,29 +24,9 @@ SPECIAL_WORDS = st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "<|unused|>", 
 TEXTS = st.lists(st.text(max_size=8) | SPECIAL_WORDS, max_size=6).map("".join)
 
 
-def sentencepiece_like() -> tk.Tokenizer:
-    """Llama 2's shape: spaces as U+2581, byte fallback, and a decoder that drops the first space."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "é"]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=[("\u2581", "a")],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in pieces[:3]])
-    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B:1", [("<s>", 1)])
-    return tk.Tokenizer(backend, bos_id=1, eos_id=2, pad_id=None)
-
-
 BYTES = tk.byte_tokenizer()
 BPE = tk.train_bpe(CORPUS, 300)
-SENTENCEPIECE = sentencepiece_like()
+SENTENCEPIECE = llama_2([*LLAMA_2_FIRST, "\u2581", "a", "b", "\u2581a", "é"], [("\u2581", "a")])
 ALL = {"bytes": BYTES, "bpe": BPE, "sentencepiece": SENTENCEPIECE}
 
 

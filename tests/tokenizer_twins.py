@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,6 +15,7 @@ from foretoken.tokenizer import Tokenizer
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3, QWEN_2 = rf"{WORDS}|\p{{N}}{{1,3}}|{REST}", rf"{WORDS}|\p{{N}}|{REST}"
+LLAMA_2_FIRST = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 WHOLE = "Ġzebra"  # a token that no merges lead to
 
 
@@ -50,23 +52,30 @@ def sentencepiece(texts: Iterable[str], size: int) -> Tokenizer:
     learned = json.loads(backend.to_str())["model"]
     pieces = sorted((token for token in learned["vocab"] if len(token) > 1), key=learned["vocab"].__getitem__)
     letters = [token for token in learned["vocab"] if len(token) == 1]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
+    names = [*LLAMA_2_FIRST, *pieces, *letters]
     vocab = {name: i for i, name in enumerate(names)}
     merges = [
-        [token[:cut], token[cut:]]
+        (token[:cut], token[cut:])
         for token in pieces
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
-    stored = json.loads(Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)).to_str())
-    stored["model"] |= {"vocab": vocab, "merges": merges}
-    backend = Backend.from_str(json.dumps(stored))
+    return llama_2(names, merges)
+
+
+def llama_2(names: Iterable[str], merges: Iterable[tuple[str, str]], chat_template: str | None = None) -> Tokenizer:
+    """Llama 2's shape: spaces as U+2581 with one in front of every piece of text, bytes for what is no token.
+
+    names: the tokens by id, of which the first are <unk>, <s> and </s>.
+    """
+    vocab = {name: i for i, name in enumerate(names)}
+    backend = Backend(models.BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(["<unk>"])
-    return _framed(backend, "<s>", "</s>")
+    return replace(_framed(backend, "<s>", "</s>"), chat_template=chat_template)
 
 
 def _framed(backend: Backend, bos: str, eos: str) -> Tokenizer:
