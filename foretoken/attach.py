@@ -21,6 +21,9 @@ from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 
 
+ATTACHED = ("parallel", "joint", "sequential")  # kinds that read what the last block reads
+
+
 class WithHeads(nn.Module):
     """A transformers model and its heads 2..n. The model runs as it is, with whatever it has been given.
 
@@ -64,7 +67,7 @@ class WithHeads(nn.Module):
             positions = torch.arange(depth - 1, depth - 1 + T, device=tokens.device)[None]
             return Context(*self.rotary(positions, torch.float32))
 
-        states = self.heads.rest(z, lambda depth: F.embedding(further[:, depth : depth + T], table), context_at)
+        states = self.heads.rest(z, z, lambda depth: F.embedding(further[:, depth : depth + T], table), context_at)
         return [out.last_hidden_state, *(base.norm(state) for state in states)]
 
     def save(self, directory: str | Path, tokenizer: Any) -> Path:
@@ -95,6 +98,8 @@ def attach_heads(model: Any, n_future: int, head_kind: HeadKind = "parallel") ->
     config = hf.model_config(values, None, type(model).__name__)
     if n_future < 2:
         raise ConfigError(f"n_future = {n_future} adds no head; it must be at least 2")
+    if head_kind not in ATTACHED:
+        raise ConfigError(f"head_kind = {head_kind!r} reads head 1's own state; attached are {', '.join(ATTACHED)}")
     fields = config.model_dump() | {"n_future": n_future, "head_kind": head_kind}
     return WithHeads(model, validated(ModelConfig, fields, "attach_heads"))
 

@@ -200,7 +200,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _per_head_backward(self) -> Recipe:
-        plain = self.model.head_kind == "parallel" and len(set(self.loss.head_gradients)) == 3
+        whole = len(set(self.loss.head_gradients)) == 3
+        if self.model.head_kind == "anticausal" and not whole:
+            raise ValueError("loss.head_gradients: anticausal heads are the next-token path, which they always train")
+        plain = self.model.head_kind == "parallel" and whole
         if self.loss.method == "sequential" and not plain:
             raise ValueError(
                 'loss.method = "sequential" goes head by head through parallel heads that train all they share; '

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from foretoken.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
-HeadKind = Literal["parallel", "sequential"]
+HeadKind = Literal["parallel", "linear", "causal", "anticausal", "joint", "sequential", "deepseek"]
 Shared = Literal["trunk", "embedding", "unembedding"]
 Matrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MATRICES: tuple[Matrix, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,6 +56,7 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = False
     n_future: int = Field(default=1, ge=1)
     head_kind: HeadKind = "parallel"
+    shared_block: bool = Field(default=False, description="of deepseek heads: all depths run one block")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -75,10 +76,35 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kind_fits(self) -> ModelConfig:
+        _check_shared_block(self)
+        if self.head_kind == "anticausal" and self.num_hidden_layers < self.n_future:
+            raise ValueError(
+                f"num_hidden_layers = {self.num_hidden_layers}, but {self.n_future} anticausal heads are the last "
+                f"{self.n_future} blocks of the next-token path"
+            )
+        return self
+
     @property
     def sequential(self) -> bool:
         """Whether one block drafts token after token, rather than a block per token."""
         return self.head_kind == "sequential" and self.n_future > 1
+
+    @property
+    def trunk_blocks(self) -> int:
+        """Blocks in front of the heads."""
+        return self.num_hidden_layers - (self.n_future if self.head_kind == "anticausal" else 1)
+
+    @property
+    def drafts_follow(self) -> bool:
+        """Whether a draft depends on the drafts before it, and not on the text alone."""
+        return self.head_kind in ("joint", "sequential", "deepseek") and self.n_future > 1
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a head reads another head's state rather than all of them the trunk's output."""
+        return self.head_kind in ("causal", "anticausal") and self.n_future > 1
 
     @property
     def qkv_bias(self) -> bool:
@@ -89,6 +115,11 @@ class ModelConfig(Section):
     def qk_norm(self) -> bool:
         """Qwen3 normalises every head's queries and keys."""
         return self.architecture == "qwen3"
+
+
+def _check_shared_block(model: ModelConfig | ModelRecipe) -> None:
+    if model.shared_block and model.head_kind != "deepseek":
+        raise ValueError(f'shared_block is of head_kind = "deepseek", not "{model.head_kind}"')
 
 
 # Keys of ModelRecipe that say what a run begins with and what learns, not what shape the model has.
@@ -124,20 +155,26 @@ class ModelRecipe(Section):
     tie_word_embeddings: bool = False
     n_future: int = Field(default=4, ge=1)
     head_kind: HeadKind = "parallel"
+    shared_block: bool = False
     head_init: Literal["random", "last_block"] | None = Field(
         default=None, description="by default random, and last_block with start_from"
     )
 
     @property
     def blocks_beside(self) -> int:
-        """Blocks that are not the next-token path's: one per further head, or the sequential head's only one."""
-        return min(1, self.n_future - 1) if self.head_kind == "sequential" else self.n_future - 1
+        """Blocks that are not the next-token path's: one per further head, or one that all depths run, or none."""
+        if self.head_kind in ("linear", "anticausal"):
+            return 0
+        return min(1, self.n_future - 1) if self.head_kind == "sequential" or self.shared_block else self.n_future - 1
 
     @model_validator(mode="after")
     def _own_shape_or_another(self) -> ModelRecipe:
-        own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind"}
+        _check_shared_block(self)
+        own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind", "shared_block"}
         if self.start_from is not None and own:
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
+        if self.start_from is not None and self.head_kind == "anticausal" and self.n_future > 1:
+            raise ValueError("anticausal heads are blocks of the next-token path: none can be added to a model")
         if self.frozen and (self.start_from is None or self.n_future == 1):
             raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
         if self.lora_rank is not None and (self.start_from is None or self.frozen):

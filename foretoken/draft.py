@@ -99,6 +99,11 @@ class Drafter:
         """
         return [[] for _ in requests], None
 
+    def stand(self, lengths: Sequence[int]) -> None:
+        """Be behind so many positions of each row, whatever they hold: for measuring what a step costs."""
+        if self.cache is not None:
+            self.cache.lengths = list(lengths)
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only `rows` of the batch, in this order."""
         if self.cache is not None:
@@ -183,12 +188,16 @@ class ParallelDrafter(Drafter):
         """See `Drafter`."""
         if not self.drafts:
             return [[] for _ in requests], None
-        rows = torch.arange(len(at), device=hidden.device)
-        states = hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)  # (B, K, D)
+        states = self.states(hidden, at)
         if changes(requests, lambda row: ()) is None:
             candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks, self.draft_vocab)
             return self.placed(candidates.tolist()), proposed
         return chained(self, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys)
+
+    def states(self, hidden: Tensor, at: Sequence[int]) -> Tensor:
+        """What drafts are picked from (B, K, D): the heads' states (1 + K, B, T, D) at place at[row] of each row."""
+        rows = torch.arange(len(at), device=hidden.device)
+        return hidden[1:, rows, torch.tensor(at, device=hidden.device)].transpose(0, 1)
 
 
 class SequentialDrafter(Drafter):

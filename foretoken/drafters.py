@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foretoken.cache import KVCache
 from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Turn, chained, last_of, padded
+from foretoken.draft_heads import DeepSeekDrafter, JointDrafter, LinearDrafter, StackedDrafter
 from foretoken.errors import ConfigError
 from foretoken.model import Model, Stepper
 from foretoken.pace import SMALLEST_VOCABULARY, WIDTH, Pace, measured_costs, never_falling
@@ -175,8 +176,7 @@ def step_pace(stepper: Stepper, rows: int, source: Source = None, draft_vocab: i
 
             def run() -> None:
                 cache.lengths = [length] * rows
-                if drafter.cache is not None:
-                    drafter.cache.lengths = [length] * rows
+                drafter.stand(cache.lengths)
                 drafter.turn(requests, tokens, cache, keys, tree)
 
             return run
@@ -191,7 +191,7 @@ def step_pace(stepper: Stepper, rows: int, source: Source = None, draft_vocab: i
         smallest = costs.pop() if sizes else 0.0
         costs = never_falling(costs)
         row = (costs.pop() - costs[-1]) / further if further else math.inf
-        branching = source is None and not stepper.config.sequential
+        branching = source is None and not stepper.config.drafts_follow
         gained = max(0.0, costs[-1] - smallest)
         spared = {size: gained * (V - size) / (V - sizes[-1]) for size in sizes}
         stepper.paces[rows, source, draft_vocab] = Pace(costs, row, branching, spared)
@@ -208,7 +208,7 @@ def smaller_vocabularies(stepper: Stepper, source: Source) -> list[int]:
 
 def tree_pace(stepper: Stepper, drafts: int, source: Source = None) -> Pace:
     """A pace that only follows acceptance, to grow trees of a given size by."""
-    return Pace([1.0] * (drafts + 1), branching=source is None and not stepper.config.sequential)
+    return Pace([1.0] * (drafts + 1), branching=source is None and not stepper.config.drafts_follow)
 
 
 def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int, source: Source = None) -> Drafter:
@@ -217,6 +217,15 @@ def make_drafter(stepper: Stepper, drafts: int, rows: int, capacity: int, source
         return LookupDrafter(stepper, drafts, source.longest)
     if drafts and isinstance(source, Model):
         return ModelDrafter(stepper, drafts, rows, capacity, source.stepper())
-    if stepper.config.sequential and drafts:
-        return SequentialDrafter(stepper, drafts, rows, capacity)
-    return ParallelDrafter(stepper, drafts)
+    kind = stepper.config.head_kind
+    if kind in ("sequential", "deepseek") and drafts:
+        return (SequentialDrafter if kind == "sequential" else DeepSeekDrafter)(stepper, drafts, rows, capacity)
+    return _PARALLEL.get(kind, StackedDrafter)(stepper, drafts)
+
+
+_PARALLEL: dict[str, type[ParallelDrafter]] = {
+    "parallel": ParallelDrafter,
+    "sequential": ParallelDrafter,  # plain decoding
+    "linear": LinearDrafter,
+    "joint": JointDrafter,
+}

@@ -1,57 +1,214 @@
 """The head kinds: how n hidden states come from the trunk's output. One small class each, one signature.
 
-`first` is head 1, the last layer of the next-token path; `rest` are heads 2..n. States are not normalised.
+Block 0 is head 1 of every kind, the last layer of the next-token path. States are not normalised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from foretoken.config import ModelConfig
-from foretoken.layers import MLP, Attention, Block, Context, RMSNorm, attention
-from foretoken.packing import Mask, block_attention
+from foretoken.layers import Block, Context, RMSNorm
+from foretoken.unrolled import SequentialBlock
 
-# What `rest` may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each position,
-# and the context whose rotary tables start at position d - 1.
+# What further heads may ask for at a depth d = 1..n-1: the embedding (B, T, D) of the token d further on than each
+# position, and the context whose rotary tables start at position d - 1.
 Ahead = Callable[[int], Tensor]
 ContextAt = Callable[[int], Context]
 
-# Private names: `scaled_dot_product_attention` gives no normaliser. `masked_attention` is the twin without them.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+class Heads(nn.ModuleList):
+    """Head 1 and, behind it, what heads 2..n are made of."""
+
+    def forward(self, z: Tensor, ahead: Ahead, context_at: ContextAt, *, apart: bool = False) -> list[Tensor]:
+        """States (B, T, D) of heads 1..n from the trunk's output z (B, T, D).
+
+        apart: losses of heads 2..n send no gradient into what they read of the next-token path.
+        """
+        first = self[0](z, context_at(1))
+        if len(self) == 1:
+            return [first]
+        read = (z.detach(), first.detach()) if apart else (z, first)
+        return [first, *self.rest(*read, ahead, context_at)]
+
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """States (B, T, D) of heads 2..n from the trunk's output and from head 1's state (B, T, D)."""
+        raise NotImplementedError
+
+    def start_from_head_1(self) -> None:
+        """Give heads 2..n head 1's weights, or whatever lets them predict what it does, where there is such a thing."""
+        raise NotImplementedError
 
 
-class ParallelHeads(nn.ModuleList):
+class ParallelHeads(Heads):
     """n transformer blocks on the same trunk output (Gloeckle et al. 2024, section 2).
 
-    Block d predicts token t + d + 1 at position t. Block 0 is head 1.
+    Block d predicts token t + d + 1 at position t. No head sees a token behind its position.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(Block(config) for _ in range(config.n_future))
+    def __init__(self, config: ModelConfig, further: type[Block] = Block) -> None:
+        super().__init__([Block(config), *(further(config) for _ in range(config.n_future - 1))])
 
-    def first(self, z: Tensor, context: Context) -> Tensor:
-        """State (B, T, D) of head 1 from the trunk output z (B, T, D)."""
-        return self[0](z, context)  # type: ignore[no-any-return]
-
-    def rest(self, z: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
-        """States (B, T, D) of heads 2..n. No head sees a token behind its position."""
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """See `Heads`."""
         context = context_at(1)
         return [block(z, context) for block in list(self)[1:]]
 
     @torch.no_grad()
     def start_from_head_1(self) -> None:
-        """Give heads 2..n head 1's weights."""
+        """See `Heads`."""
         for block in list(self)[1:]:
-            block.load_state_dict(self[0].state_dict())
+            block.load_state_dict(self[0].state_dict(), strict=False)
 
 
-class SequentialHeads(nn.ModuleList):
+class LinearHeads(Heads):
+    """A matrix a head on head 1's state h, written around the identity: h + W h (the paper's table S4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        width = config.hidden_size
+        matrices = [nn.Linear(width, width, bias=False) for _ in range(config.n_future - 1)]
+        super().__init__([Block(config), *matrices])
+
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """See `Heads`."""
+        return [first + matrix(first) for matrix in list(self)[1:]]
+
+    @torch.no_grad()
+    def start_from_head_1(self) -> None:
+        """See `Heads`."""
+        for matrix in list(self)[1:]:
+            matrix.weight.zero_()
+
+
+class CausalHeads(ParallelHeads):
+    """n transformer blocks, head i + 1 on top of head i (the paper's table S4)."""
+
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """See `Heads`."""
+        states, context = [first], context_at(1)
+        for block in list(self)[1:]:
+            states.append(block(states[-1], context))
+        return states[1:]
+
+    @torch.no_grad()
+    def start_from_head_1(self) -> None:
+        """See `Heads`; a block that adds nothing passes the state on."""
+        super().start_from_head_1()
+        for block in list(self)[1:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+
+
+class AnticausalHeads(ParallelHeads):
+    """The last n blocks of the next-token path, the furthest token first (the paper's table S4).
+
+    Block n - 1 reads the trunk's output, block d the state of block d + 1: further heads leave the path early, and have
+    no block of their own.
+    """
+
+    def forward(self, z: Tensor, ahead: Ahead, context_at: ContextAt, *, apart: bool = False) -> list[Tensor]:
+        """See `Heads`."""
+        assert not apart, "further heads are what head 1 reads"
+        states, context = [z], context_at(1)
+        for block in reversed(list(self)):
+            states.append(block(states[-1], context))
+        return states[:0:-1]
+
+
+class JointBlock(Block):
+    """A block that is told of the token before the one it predicts, by a map of its embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.before = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
+        """(B, T, D) and the embedding (B, T, D) of the token before -> (B, T, D)."""
+        x = super().forward(x, context)
+        return x if embedded is None else x + self.before(embedded)  # type: ignore[no-any-return]
+
+
+class JointHeads(ParallelHeads):
+    """Parallel heads, each of which adds a map of the token before its own: a chain of first order, given the prefix.
+
+    Head d + 1 at position t reads the embedding of token t + d, behind its block, so that all blocks still run at once.
+    The map goes through the model's width: a table of all pairs of tokens, of that rank.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, JointBlock)
+
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """See `Heads`."""
+        context = context_at(1)
+        return [block(z, context, ahead(depth)) for depth, block in enumerate(list(self)[1:], 1)]
+
+    @torch.no_grad()
+    def start_from_head_1(self) -> None:
+        """See `Heads`."""
+        super().start_from_head_1()
+        for block in list(self)[1:]:
+            block.before.weight.zero_()
+
+
+class DeepSeekBlock(Block):
+    """A block on a projection of two normalised states: a hidden one and a token's embedding. DeepSeek's names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What the block reads (..., D) of an embedding and a state (..., D)."""
+        return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))  # type: ignore[no-any-return]
+
+    def forward(self, hidden: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
+        """States and embeddings (B, T, D) -> states (B, T, D)."""
+        assert embedded is not None
+        return super().forward(self.join(embedded, hidden), context)
+
+
+class DeepSeekHeads(Heads):
+    """A block a depth, or one for all, each on the depth before it and the next token (DeepSeek-AI 2024, section 2.2).
+
+    Depth d = 1..n-1 at position t reads the embedding of token t + d and depth d - 1's state at t (depth 1: head 1's),
+    attends to its own depth up to t, and predicts token t + d + 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.depths = config.n_future - 1
+        blocks = min(1, self.depths) if config.shared_block else self.depths
+        super().__init__([Block(config), *(DeepSeekBlock(config) for _ in range(blocks))])
+
+    def at(self, depth: int) -> DeepSeekBlock:
+        """The block of a depth, counted from 1."""
+        block = self[min(depth, len(self) - 1)]
+        assert isinstance(block, DeepSeekBlock)
+        return block
+
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+        """See `Heads`."""
+        states, context = [first], context_at(1)
+        for depth in range(1, self.depths + 1):
+            states.append(self.at(depth)(states[-1], context, ahead(depth)))
+        return states[1:]
+
+    @torch.no_grad()
+    def start_from_head_1(self) -> None:
+        """Give the blocks head 1's weights; of the two states they begin with the hidden one."""
+        for block in list(self)[1:]:
+            block.load_state_dict(self[0].state_dict(), strict=False)
+            width = block.hnorm.weight.numel()
+            block.eh_proj.weight.zero_()
+            block.eh_proj.weight[:, width:] = torch.eye(width)
+
+
+class SequentialHeads(Heads):
     """Head 1, and one block that drafts token after token: an EAGLE-3 layer (Li et al. 2025) trained with its model.
 
     Depth d = 1..n-1 at position t reads the embedding of token t + d and the block's own state of depth d - 1 at t
@@ -63,11 +220,7 @@ class SequentialHeads(nn.ModuleList):
         super().__init__(blocks[: config.n_future])
         self.depths = config.n_future - 1
 
-    def first(self, z: Tensor, context: Context) -> Tensor:
-        """State (B, T, D) of head 1 from the trunk output z (B, T, D)."""
-        return self[0](z, context)  # type: ignore[no-any-return]
-
-    def rest(self, z: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
+    def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """States (B, T, D) of all depths, unrolled with the true tokens.
 
         Depth d attends to the keys of depth 1 up to its position, and at its own position alone to those of depths
@@ -95,123 +248,17 @@ class SequentialHeads(nn.ModuleList):
             getattr(drafter.self_attn, name).weight[:, width:] = getattr(head.self_attn, name).weight
 
 
-class SequentialBlock(nn.Module):
-    """A Llama layer whose attention reads two states side by side: a token's embedding and the hidden state.
-
-    The hidden state is also the residual. A plain Llama's whatever the model is, as engines' EAGLE-3 layers are: no
-    biases, no norm of queries and keys. Parameter names are theirs.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        config = config.model_copy(update={"architecture": "llama"})
-        self.self_attn = Attention(config, inputs=2)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # of the embedding
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, embedded: Tensor, hidden: Tensor, context: Context, keys: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
-        """Embeddings and states (B, T, D) -> states (B, T, D).
-
-        keys and values (B, T, Nkv, H) are those of the depths before, to which this one's are added.
-        """
-        both = torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
-        q, k, v = self.self_attn.project(both, context)
-        keys.append(k)
-        values.append(v)
-        x = hidden + self.self_attn.o_proj(unrolled_attention(q, keys, values, context.mask).flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+_KINDS: dict[str, Callable[[ModelConfig], Heads]] = {
+    "parallel": ParallelHeads,
+    "linear": LinearHeads,
+    "causal": CausalHeads,
+    "anticausal": AnticausalHeads,
+    "joint": JointHeads,
+    "sequential": SequentialHeads,
+    "deepseek": DeepSeekHeads,
+}
 
 
-def unrolled_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask | None) -> Tensor:
-    """Queries (B, T, N, H) of depth d over keys and values (B, T, Nkv, H) of depths 1..d -> (B, T, N, H).
-
-    Those of depth 1 are seen as `mask` says, by default causally; of the others a position sees its own.
-    """
-    if len(keys) == 1:
-        return attention(q, keys[0], values[0], mask)
-    if mask is None and q.device.type == "cpu":
-        return merged_attention(q, keys, values)
-    if mask is None or isinstance(mask, Tensor):
-        return masked_attention(q, keys, values, mask)
-    return merged_block_attention(q, keys, values, mask)
-
-
-def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """The readable twin of the merged forms, by a mask (B or 1, 1, T, T): d times the memory and work of depth 1."""
-    T, depths = q.size(1), len(keys)
-    if mask is None:
-        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
-    mask = torch.cat((mask, *[torch.eye(T, dtype=torch.bool, device=q.device).expand_as(mask)] * (depths - 1)), -1)
-    return attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask)
-
-
-def merged_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Without a mask, on a CPU: causal attention to depth 1, merged with a position's own keys."""
-    groups = q.size(2) // keys[0].size(2)
-    k, v = ([t.repeat_interleave(groups, 2) for t in tensors] if groups > 1 else tensors for tensors in (keys, values))
-    own_keys, own_values = torch.stack(list(k[1:])), torch.stack(list(v[1:]))
-    return _MergedAttention.apply(q, k[0], v[0], own_keys, own_values)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def merged_block_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask) -> Tensor:
-    """With a mask of tiles: attention to depth 1 by the kernel, merged with a position's own keys."""
-    y, lse = block_attention(q, keys[0], values[0], mask)  # (B, T, N, H), (B, T, N)
-    groups, wide = q.size(2) // keys[0].size(2), lse.dtype
-    own_k, own_v = (torch.stack(list(t[1:])).repeat_interleave(groups, 3) for t in (keys, values))  # (d-1, B, T, N, H)
-    scores = (q.to(wide) * own_k.to(wide)).sum(-1) * q.size(-1) ** -0.5
-    return _merge(y, lse, scores, own_v)[0].to(y.dtype)
-
-
-def _merge(y: Tensor, lse: Tensor, scores: Tensor, own_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention's output (..., H) and normaliser's logarithm (...), joined by further scores (d - 1, ...) and values.
-
-    Returns the joint output, in the normaliser's type, the joint logarithm, and the shares of the scores.
-    """
-    joint = torch.logsumexp(torch.cat((lse[None], scores)), 0)
-    shares = torch.exp(scores - joint)
-    y = torch.exp(lse - joint)[..., None] * y.to(lse.dtype) + (shares[..., None] * own_v.to(lse.dtype)).sum(0)
-    return y, joint, shares
-
-
-class _MergedAttention(torch.autograd.Function):
-    """softmax over [causal keys, own keys] without forming it.
-
-    The kernel gives the causal part and the logarithm of its normaliser; the own scores join in by their share of the
-    joint one. Its backward needs only the joint output and normaliser, as when attention is split over devices (Liu et
-    al. 2023, ring attention).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-        scale = q.size(-1) ** -0.5
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, T, H)
-        own_k, own_v = own_k.transpose(2, 3), own_v.transpose(2, 3)  # (d - 1, B, N, T, H)
-        y, lse = _flash(q, k, v, is_causal=True)
-        wide = lse.dtype
-        scores = (q.to(wide) * own_k.to(wide)).sum(-1) * scale  # (d - 1, B, N, T)
-        y, joint, shares = _merge(y, lse, scores, own_v)
-        y = y.to(q.dtype)
-        ctx.save_for_backward(q, k, v, own_k, own_v, y, joint, shares)
-        return y.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, own_k, own_v, y, joint, shares = ctx.saved_tensors
-        grad, scale, wide = grad.transpose(1, 2), q.size(-1) ** -0.5, joint.dtype
-        grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, y, joint, 0.0, True)
-        g = grad.to(wide)
-        grad_scores = (g * own_v.to(wide)).sum(-1) - (g * y.to(wide)).sum(-1)
-        grad_scores = (grad_scores * shares * scale)[..., None]
-        grad_q = grad_q + (grad_scores * own_k.to(wide)).sum(0).to(q.dtype)
-        grad_own_k, grad_own_v = (grad_scores * q.to(wide)).to(k.dtype), (shares[..., None] * g).to(v.dtype)
-        plain = (t.transpose(1, 2) for t in (grad_q, grad_k, grad_v))
-        return *plain, grad_own_k.transpose(2, 3), grad_own_v.transpose(2, 3)
-
-
-def make_heads(config: ModelConfig) -> ParallelHeads | SequentialHeads:
+def make_heads(config: ModelConfig) -> Heads:
     """The heads of the kind that `config` names."""
-    return SequentialHeads(config) if config.head_kind == "sequential" else ParallelHeads(config)
+    return _KINDS[config.head_kind](config)

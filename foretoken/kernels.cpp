@@ -901,8 +901,8 @@ class Turner {
 };
 
 template <class W>
-void forward(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, const Items& items, float* z,
-             float* hidden) {
+void forward(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, bool stacked, const Items& items,
+             float* z, float* hidden) {
     const int64_t R = items.count, D = m.width;
     Runner<W> run(m, R);
 #pragma omp parallel num_threads(m.threads)
@@ -912,7 +912,8 @@ void forward(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, 
         for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z, false);
         for (int64_t h = 0; h < heads; ++h) {
             const Part p(R * D);
-            std::copy(z + p.begin, z + p.end, hidden + h * R * D + p.begin);
+            const float* from = stacked && h ? hidden + (h - 1) * R * D : z;
+            std::copy(from + p.begin, from + p.end, hidden + h * R * D + p.begin);
             barrier();
             run.block(layers[trunk + h], items, hidden + h * R * D, false);
         }
@@ -944,10 +945,11 @@ void turn(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, con
 
 extern "C" {
 
-// z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised.
-void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, const Items* items, float* z,
-                       float* hidden) {
-    (m->bfloat16 ? forward<bf16> : forward<float>)(*m, layers, trunk, heads, *items, z, hidden);
+// z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. stacked: a head reads
+// the state of the one before it, and the first of them z.
+void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, int64_t stacked,
+                       const Items* items, float* z, float* hidden) {
+    (m->bfloat16 ? forward<bf16> : forward<float>)(*m, layers, trunk, heads, stacked, *items, z, hidden);
 }
 
 // The block of a sequential head on x (R, D), in place.

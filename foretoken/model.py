@@ -23,7 +23,7 @@ from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
 from foretoken.processors import Change
-from foretoken.sampling import Keys, filtered, rejection, widened
+from foretoken.sampling import Keys, filtered, logprobs_of, rejection, widened
 from foretoken.tree import Tree
 
 MOST_FREE = 4  # caches whose memory is kept for the next
@@ -38,7 +38,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers - 1))
+        self.trunk = nn.ModuleList(Block(config) for _ in range(config.trunk_blocks))
         self.heads = make_heads(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -108,7 +108,7 @@ class Model(nn.Module):
         return x
 
     def run_head(self, z: Tensor, context: Context, depth: int) -> Tensor:
-        """Trunk output (B, T, D) -> normalised state (B, T, D) of the parallel head at `depth`, ready to unembed."""
+        """Trunk output (B, T, D) -> normalised state (B, T, D) of head 1, depth 0, or of a parallel head at `depth`."""
         return self.norm(self.heads[depth](z, context))  # type: ignore[no-any-return]
 
     def forward(
@@ -121,8 +121,8 @@ class Model(nn.Module):
     ) -> list[Tensor]:
         """Tokens -> n normalised hidden states (B, T, D), head 1 first.
 
-        length: T, by default all of them; tokens (B, T or more) behind it are only read as those a sequential head is
-        fed: its depth d at position t reads token t + d. Where there is none it reads token 0, and its state means
+        length: T, by default all of them; tokens (B, T or more) behind it are only read as those that further heads
+        are fed, of kinds that are: depth d at position t reads token t + d. Where there is none it reads token 0, and its state means
         nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
         position_ids (B, T): see `context`; depth d of a sequential head stands d - 1 further.
         """
@@ -130,19 +130,16 @@ class Model(nn.Module):
         positions = self._positions(T, position_ids)
         context = self.context(T, None if document_ids is None else document_ids[:, :T], positions)
         z = self.run_trunk(tokens[:, :T], context)
-        hidden = [self.norm(self.heads.first(z, context))]
-        if self.config.n_future == 1:
-            return hidden
-        z = _detached(z, "trunk" not in head_gradients)
         table = _detached(self.embed_tokens.weight, "embedding" not in head_gradients)
         scale = _detached(self.norm.weight, "unembedding" not in head_gradients)
         further = F.pad(tokens, (0, max(0, T + self.config.n_future - 1 - tokens.size(1))))
-        states = self.heads.rest(
+        first, *rest = self.heads(
             z,
             lambda depth: F.embedding(further[:, depth : depth + T], table),
-            lambda depth: Context(*self._tables(positions + depth - 1), context.mask),
+            lambda depth: context if depth == 1 else Context(*self._tables(positions + depth - 1), context.mask),
+            apart="trunk" not in head_gradients,
         )
-        return hidden + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in states]
+        return [self.norm(first)] + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in rest]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) in float32 or wider."""
@@ -169,10 +166,13 @@ class Stepper:
     def __init__(self, model: Model, compiled: bool = True) -> None:
         self.config = model.config
         self.model = model
-        self.trunk = [BlockStack([block]) for block in model.trunk]
-        # One block that drafts stands apart; parallel heads read what head 1 reads and run with it.
+        # One block that drafts stands apart, as matrices do; heads that read what head 1 reads run with it.
+        (first, *others), kind = model.heads, self.config.head_kind
+        self.early = len(others) if kind == "anticausal" else 0  # how many of the trunk's blocks end in heads' states
+        self.trunk = [BlockStack([block]) for block in (*model.trunk, *others[::-1][: self.early])]
         self.drafter = SequentialStack(model.heads[1]) if self.config.sequential else None
-        self.heads = BlockStack(list(model.heads)[:1] if self.config.sequential else list(model.heads))
+        self.heads = BlockStack(list(model.heads) if kind in ("parallel", "joint") else [first])
+        self.further = [BlockStack([block]) for block in others] if kind == "causal" else []
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
         self.paces: dict[object, Pace] = {}  # by batch size and where drafts come from
@@ -190,7 +190,7 @@ class Stepper:
         model = self.model
         if model.device.type != "cpu" or model.dtype not in DTYPES or (found := library()) is None:
             return None
-        return Native(found, *self.parts())
+        return Native(found, *self.parts(), self.further, self.early)
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -198,18 +198,20 @@ class Stepper:
 
     def new_cache(self, rows: int, capacity: int, heads: int) -> KVCache:
         """An empty cache for `rows` requests of at most `capacity` positions, for the trunk and the first `heads`."""
-        return self._cache(len(self.trunk) + heads, rows, capacity)
+        return self._cache(len(self.trunk) + (1 if self.early else heads), rows, capacity)
 
-    def new_draft_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache of the sequential head's block."""
-        return self._cache(1, rows, capacity)
+    def new_draft_cache(self, rows: int, capacity: int, blocks: int = 1) -> KVCache:
+        """An empty cache of the sequential head's block, or of so many blocks that draft."""
+        return self._cache(blocks, rows, capacity)
 
     def _cache(self, blocks: int, rows: int, capacity: int) -> KVCache:
         c, model = self.config, self.model
         if self.graphs is None:
             return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
         # What is captured writes to fixed memory, so caches that come after each other share it, whatever K is.
-        blocks, capacity = (1 if blocks == 1 else len(self.trunk) + self.heads.m), bucket(capacity)
+        capacity = bucket(capacity)
+        if blocks > len(self.trunk):
+            blocks = max(blocks, len(self.trunk) + self.heads.m + len(self.further))
         shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
         at = next((index for index, memory in enumerate(self.free) if memory[0].shape == shape), None)
         cache = KVCache(*shape, model.dtype, model.device, None if at is None else self.free.pop(at))
@@ -233,11 +235,15 @@ class Stepper:
         positions = cache.positions(T)
         context = self._context(positions, cache, tree)
         x = F.embedding(tokens, self.model.embed_tokens.weight)[None]  # (1, B, T, D)
+        early = list[Tensor]()
         for index, stack in enumerate(self.trunk):
             x = stack.forward(x, context, positions, cache, index, 1)
-        hidden = self.heads.forward(x, context, positions, cache, len(self.trunk), heads)
+            early = [x, *early][: min(heads - 1, self.early)]
+        hidden = [self.heads.forward(x, context, positions, cache, len(self.trunk), min(heads, self.heads.m)), *early]
+        for block, stack in enumerate(self.further[: heads - 1], len(self.trunk) + 1):
+            hidden.append(stack.forward(hidden[-1], context, positions, cache, block, 1))
         cache.advance(T)
-        return hidden, x[0]
+        return torch.cat(hidden), x[0]
 
     def pick_targets(
         self, states: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
@@ -334,11 +340,6 @@ def pick_targets(
     """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
     tokens = keys.choose(change(logits) if change else logits, places)
     return tokens.tolist(), logprobs_of(logits, tokens)
-
-
-def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
-    """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
 
 
 def _detached(tensor: Tensor, yes: bool) -> Tensor:

@@ -128,10 +128,16 @@ class Native:
         heads: BlockStack,
         drafter: SequentialStack | None,
         eps: float,
+        further: Sequence[BlockStack] = (),
+        early: int = 0,
     ) -> None:
-        """ends: embedding (V, D), unembedding (V, D) and final norm (D)."""
+        """ends: embedding (V, D), unembedding (V, D) and final norm (D). further: blocks of heads on top of the others.
+
+        early: how many of the trunk's last blocks end in a head's state, that of the last in head 2's.
+        """
         self.library, self.drafter = loaded, drafter
-        self.stacks = [*((stack, 0) for stack in trunk), *((heads, index) for index in range(heads.m))]
+        self.stacks = [(stack, index) for stack in (*trunk, heads, *further) for index in range(stack.m)]
+        self.early, self.stacked = early, early > 0 or len(further) > 0
         self.trunk, (embedding, unembedding, norm) = len(trunk), ends
         self.vocabulary, self.width = embedding.shape
         self.tables: tuple[Tensor, Tensor] | None = None
@@ -161,15 +167,17 @@ class Native:
     ) -> tuple[Tensor, Tensor]:
         """See `Stepper.forward`."""
         B, T = len(tokens), len(tokens[0])
-        hidden, z = torch.empty(heads, B, T, self.width), torch.empty(B, T, self.width)
+        early = self.early if heads > 1 else 0
+        count = early + 1 if early else heads
+        hidden, z = torch.empty(count, B, T, self.width), torch.empty(B, T, self.width)
         items, memory = _items(tokens, cache, tree)
         self.library.foretoken_forward(
-            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(heads), ctypes.byref(items),
-            _AT(z.data_ptr()), _AT(hidden.data_ptr()),
+            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk - early), _INT(count),
+            _INT(self.stacked), ctypes.byref(items), _AT(z.data_ptr()), _AT(hidden.data_ptr()),
         )  # fmt: skip
         del memory
         cache.advance(T)
-        return hidden, z
+        return hidden.flip(0)[:heads] if early else hidden, z
 
     def draft(self, tokens: list[list[int]], hidden: Tensor, cache: KVCache) -> Tensor:
         """See `Stepper.draft`."""

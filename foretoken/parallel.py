@@ -105,8 +105,9 @@ def shard(model: Model, world: World, within: int) -> None:
         ((world.size,), ("shard",)) if part == world.size else ((world.size // part, part), ("copy", "shard"))
     )
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-    # A sequential head's block runs once for each depth, and its gradients would be reduced after the first of them.
-    for block in (*model.trunk, *(list(model.heads)[:1] if model.config.sequential else model.heads)):
+    # A block that runs once for each depth would have its gradients reduced after the first of them.
+    again = model.config.sequential or model.config.shared_block
+    for block in (*model.trunk, *(list(model.heads)[:1] if again else model.heads)):
         fully_shard(block, mesh=mesh)
     # The rest, embedding, final norm and unembedding, stays gathered from the forward to the loss and its backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

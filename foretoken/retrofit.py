@@ -26,7 +26,8 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
         raise ConfigError(
             f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"
         )
-    fields = config.model_dump() | {"n_future": recipe.n_future, "head_kind": recipe.head_kind}
+    heads = {key: getattr(recipe, key) for key in ("n_future", "head_kind", "shared_block")}
+    fields = config.model_dump() | heads
     return validated(ModelConfig, fields, "model"), tokenizer
 
 
@@ -38,8 +39,11 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
     model = Model(config)
     model.init_weights(seed)
     state, given = model.state_dict(), old.state_dict()
-    if old.config.n_future > 1 and old.config.head_kind != config.head_kind:
-        given = {name: tensor for name, tensor in given.items() if hf.main_name(name, old.config)}
+    kinds = [(c.head_kind, c.shared_block) for c in (old.config, config)]
+    if kinds[0] != kinds[1]:  # the next-token path alone, whose blocks are called otherwise where heads are blocks of it
+        path = {hf.main_name(name, old.config) or name: tensor for name, tensor in given.items()}
+        names = {name: hf.main_name(name, config) or name for name in state if not _further(name)}
+        given = {name: path[there] for name, there in names.items()}
     if recipe.head_init != "random":
         model.heads[0].load_state_dict(old.heads[0].state_dict())
         model.heads.start_from_head_1()
@@ -77,7 +81,11 @@ def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: 
 def freeze(model: Model) -> None:
     """Let nothing of the next-token path learn; it then runs without a graph."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("heads.") and not name.startswith("heads.0."))
+        parameter.requires_grad_(_further(name))
+
+
+def _further(name: str) -> bool:
+    return name.startswith("heads.") and not name.startswith("heads.0.")
 
 
 def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:

@@ -227,3 +227,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
+    """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()  # type: ignore[no-any-return]

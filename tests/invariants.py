@@ -116,14 +116,28 @@ def loss_is_oracle(batch: Batch) -> None:
 def no_peeking(model: Model, tokens: Tensor, at: int) -> None:
     """Another token at `at` changes no head's output before it, and every head's from it on.
 
-    Depth d of a sequential head reads d tokens further, so its outputs change from `at` - d on.
+    Depth d of heads whose drafts follow each other reads d tokens further, so its outputs change from `at` - d on; of
+    joint heads only the last of these tokens, so those at `at` - d do, and those from `at` on.
     """
     changed = tokens.clone()
     changed[:, at] = (changed[:, at] + 1) % model.config.vocab_size
     for d, (a, b) in enumerate(zip(model(tokens), model(changed), strict=True)):
-        first = max(0, at - d) if model.config.sequential else at
+        first = max(0, at - d) if model.config.drafts_follow else at
         require(torch.equal(a[:, :first], b[:, :first]), f"head {d + 1} sees token {at} before it comes")
+        if model.config.head_kind == "joint" and d:
+            require(not (a[:, first] == b[:, first]).all(-1).any(), f"head {d + 1} does not read token {at}")
+            require(torch.equal(a[:, first + 1 : at], b[:, first + 1 : at]), f"head {d + 1} reads token {at} twice")
+            first = at
         require(not (a[:, first:] == b[:, first:]).all(-1).any(), f"head {d + 1} does not see token {at}")
+
+
+def before_maps(model: Model, tokens: Tensor) -> list[Tensor]:
+    """All heads' states by a full forward, of joint heads without the maps of tokens that a drafter adds."""
+    if model.config.head_kind != "joint":
+        return model(tokens)  # type: ignore[no-any-return]
+    context = model.context(tokens.size(1))
+    z = model.run_trunk(tokens, context)
+    return [model.norm(block(z, context)) for block in model.heads]
 
 
 @torch.no_grad()
@@ -133,7 +147,8 @@ def cached_is_full(model: Model, moves: Sequence[tuple[str, list[int]]], seed: i
     moves: ("write", [count]), ("back", how many to forget per row), ("select", rows to keep).
     """
     g = torch.Generator().manual_seed(seed)
-    stepper, heads = model.stepper(), 1 if model.config.sequential else model.config.n_future
+    one = model.config.head_kind in ("linear", "sequential", "deepseek")  # the others run with head 1
+    stepper, heads = model.stepper(), 1 if one else model.config.n_future
     cache = stepper.new_cache(rows, 64, heads)
     held: list[list[int]] = [[] for _ in range(rows)]
     for kind, numbers in moves:
@@ -149,7 +164,7 @@ def cached_is_full(model: Model, moves: Sequence[tuple[str, list[int]]], seed: i
             states = model.norm(stepper.forward(new, cache, heads)[0])
             for row, tokens in enumerate(held):
                 tokens.extend(new[row].tolist())
-                for d, full in enumerate(model(torch.tensor([tokens]))[:heads]):
+                for d, full in enumerate(before_maps(model, torch.tensor([tokens]))[:heads]):
                     close(states[d, row], full[0, -numbers[0] :], f"head {d + 1}, row {row}, {len(tokens)} tokens")
 
 

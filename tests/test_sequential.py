@@ -32,7 +32,7 @@ from test_decode import NAMES, PROMPTS, SAMPLINGS
 from test_model import BACK, SELECT, WRITE
 from torch import Tensor
 
-from foretoken import heads, loss
+from foretoken import loss, unrolled
 from foretoken.cache import KVCache
 from foretoken.checkpoint import describe, load_checkpoint, save_checkpoint
 from foretoken.config import ModelConfig, ModelRecipe, Shared
@@ -159,9 +159,9 @@ def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
     def own(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         T = q.size(1)
         mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-        return heads.attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask.repeat(1, 1, 1, len(keys)))
+        return unrolled.attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask.repeat(1, 1, 1, len(keys)))
 
-    patch.setattr(heads, "merged_attention", own)
+    patch.setattr(unrolled, "merged_attention", own)
 
 
 def rotary_of_the_first_depth(patch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_merged_attention_is_the_masked_one(dtype: torch.dtype, kv_heads: int, d
     q, keys, values = leaf(4), [leaf(kv_heads) for _ in range(depths)], [leaf(kv_heads) for _ in range(depths)]
     upstream = torch.randn(2, 11, 4, 8, generator=g, dtype=torch.float64).to(dtype)
     found = []
-    for form in (partial(heads.masked_attention, mask=None), heads.merged_attention):
+    for form in (partial(unrolled.masked_attention, mask=None), unrolled.merged_attention):
         y = form(q, keys, values)
         found.append([y, *torch.autograd.grad(y, [q, *keys, *values], upstream)])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]

@@ -67,6 +67,8 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     every = "sequential head" if sequential else f"heads 2..{config.n_future}" if most > 1 else "head 2"
     stock, drafts = (every, most) if sequential else ("head 2", 1)
     yield Use("foretoken", every, most, (f'foretoken generate {ckpt} "..."',), "make test")
+    if config.head_kind not in ("parallel", "sequential"):
+        return  # foretoken's alone
     out = Path(f"{folder}-hf")
     export = f"foretoken export hf {ckpt} {shlex.quote(str(out))}"
     yield Use("transformers", every, most, (export, *hf_commands(out).values()), "make test")

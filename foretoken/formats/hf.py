@@ -42,7 +42,8 @@ def main_name(name: str, config: ModelConfig) -> str | None:
         return "model.layers." + name.removeprefix("trunk.")
     if name.startswith("heads."):
         depth, _, rest = name.removeprefix("heads.").partition(".")
-        return f"model.layers.{config.num_hidden_layers - 1}.{rest}" if depth == "0" else None
+        own = depth == "0" or config.head_kind == "anticausal"
+        return f"model.layers.{config.num_hidden_layers - 1 - int(depth)}.{rest}" if own else None
     return "model." + name
 
 
@@ -56,7 +57,7 @@ def heads_name(name: str, config: ModelConfig) -> str | None:
     if not name.startswith("heads."):
         return None
     depth, _, rest = name.removeprefix("heads.").partition(".")
-    if depth == "0":
+    if depth == "0" or config.head_kind == "anticausal":
         return None
     return f"midlayer.{rest}" if config.sequential else f"heads.{int(depth) - 1}.{rest}"
 
@@ -111,12 +112,16 @@ def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
     """mtp_heads/config.json: what an EAGLE-3 drafter class is set up from; kind and n stand under our own key.
 
     Of kind `sequential` it is a stock EAGLE-3 drafter's. Of kind `parallel` it is for a class that runs all heads, with
-    `hidden_size` (n - 1) times the model's, the width in which such a class carries all heads' states at once.
+    `hidden_size` (n - 1) times the model's, the width in which such a class carries all heads' states at once. Heads of
+    other kinds are for foretoken alone.
     """
     n, layers = config.n_future, config.num_hidden_layers
     own = {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size}
     if config.sequential:
         return eagle3_config(config, main) | {"foretoken": own}
+    if config.head_kind != "parallel":  # no engine has a class for it
+        shared = {"shared_block": True} if config.shared_block else {}
+        return {"architectures": ["ForetokenHeads"], "foretoken": own | shared}
     return main | {
         "architectures": ["MtpHeadsEagle3"],
         "model_type": "llama",
@@ -184,7 +189,7 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
         if own.get("hidden_size") != fields["hidden_size"]:
             widths = f"heads of width {own.get('hidden_size')} beside a model of width {fields['hidden_size']}"
             raise CheckpointError(f"{beside}: {widths}")
-        fields |= {"n_future": own["n_future"], "head_kind": own["head_kind"]}
+        fields |= {key: own[key] for key in ("n_future", "head_kind", "shared_block") if key in own}
     return validated(ModelConfig, fields, where)
 
 
