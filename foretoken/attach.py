@@ -20,7 +20,6 @@ from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 
-
 ATTACHED = ("parallel", "joint", "sequential")  # kinds that read what the last block reads
 
 

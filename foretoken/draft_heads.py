@@ -29,7 +29,7 @@ class StackedDrafter(ParallelDrafter):
 class LinearDrafter(StackedDrafter):
     """Matrices on head 1's state, which are multiplied where drafts start and nowhere else."""
 
-    heads = 1  # type: ignore[assignment]
+    heads = 1
 
     def states(self, hidden: Tensor, at: Sequence[int]) -> Tensor:
         """See `ParallelDrafter`."""
@@ -62,7 +62,8 @@ class JointDrafter(StackedDrafter):
             block = model.heads[depth]
             assert isinstance(block, JointBlock)
             mapped = block.before(F.embedding(picks[-1] if picks else before, model.embed_tokens.weight))
-            return states[:, depth - 1 : depth] + mapped.to(states.dtype)
+            added: Tensor = mapped.to(states.dtype)
+            return states[:, depth - 1 : depth] + added
 
         return chained(self, told, self.stepper, requests, new, keys)
 

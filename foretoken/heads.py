@@ -6,6 +6,7 @@ Block 0 is head 1 of every kind, the last layer of the next-token path. States a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ ContextAt = Callable[[int], Context]
 
 class Heads(nn.ModuleList):
     """Head 1 and, behind it, what heads 2..n are made of."""
+
+    @property
+    def further(self) -> list[Any]:
+        """What heads 2..n are made of."""
+        return list(self)[1:]
 
     def forward(self, z: Tensor, ahead: Ahead, context_at: ContextAt, *, apart: bool = False) -> list[Tensor]:
         """States (B, T, D) of heads 1..n from the trunk's output z (B, T, D).
@@ -55,12 +61,12 @@ class ParallelHeads(Heads):
     def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """See `Heads`."""
         context = context_at(1)
-        return [block(z, context) for block in list(self)[1:]]
+        return [block(z, context) for block in self.further]
 
     @torch.no_grad()
     def start_from_head_1(self) -> None:
         """See `Heads`."""
-        for block in list(self)[1:]:
+        for block in self.further:
             block.load_state_dict(self[0].state_dict(), strict=False)
 
 
@@ -74,12 +80,12 @@ class LinearHeads(Heads):
 
     def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """See `Heads`."""
-        return [first + matrix(first) for matrix in list(self)[1:]]
+        return [first + matrix(first) for matrix in self.further]
 
     @torch.no_grad()
     def start_from_head_1(self) -> None:
         """See `Heads`."""
-        for matrix in list(self)[1:]:
+        for matrix in self.further:
             matrix.weight.zero_()
 
 
@@ -89,7 +95,7 @@ class CausalHeads(ParallelHeads):
     def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """See `Heads`."""
         states, context = [first], context_at(1)
-        for block in list(self)[1:]:
+        for block in self.further:
             states.append(block(states[-1], context))
         return states[1:]
 
@@ -97,7 +103,7 @@ class CausalHeads(ParallelHeads):
     def start_from_head_1(self) -> None:
         """See `Heads`; a block that adds nothing passes the state on."""
         super().start_from_head_1()
-        for block in list(self)[1:]:
+        for block in self.further:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
 
@@ -128,7 +134,7 @@ class JointBlock(Block):
     def forward(self, x: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
         """(B, T, D) and the embedding (B, T, D) of the token before -> (B, T, D)."""
         x = super().forward(x, context)
-        return x if embedded is None else x + self.before(embedded)  # type: ignore[no-any-return]
+        return x if embedded is None else x + self.before(embedded)
 
 
 class JointHeads(ParallelHeads):
@@ -144,13 +150,13 @@ class JointHeads(ParallelHeads):
     def rest(self, z: Tensor, first: Tensor, ahead: Ahead, context_at: ContextAt) -> list[Tensor]:
         """See `Heads`."""
         context = context_at(1)
-        return [block(z, context, ahead(depth)) for depth, block in enumerate(list(self)[1:], 1)]
+        return [block(z, context, ahead(depth)) for depth, block in enumerate(self.further, 1)]
 
     @torch.no_grad()
     def start_from_head_1(self) -> None:
         """See `Heads`."""
         super().start_from_head_1()
-        for block in list(self)[1:]:
+        for block in self.further:
             block.before.weight.zero_()
 
 
@@ -201,7 +207,7 @@ class DeepSeekHeads(Heads):
     @torch.no_grad()
     def start_from_head_1(self) -> None:
         """Give the blocks head 1's weights; of the two states they begin with the hidden one."""
-        for block in list(self)[1:]:
+        for block in self.further:
             block.load_state_dict(self[0].state_dict(), strict=False)
             width = block.hnorm.weight.numel()
             block.eh_proj.weight.zero_()

@@ -121,9 +121,9 @@ class Model(nn.Module):
     ) -> list[Tensor]:
         """Tokens -> n normalised hidden states (B, T, D), head 1 first.
 
-        length: T, by default all of them; tokens (B, T or more) behind it are only read as those that further heads
-        are fed, of kinds that are: depth d at position t reads token t + d. Where there is none it reads token 0, and its state means
-        nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
+        length: T, by default all of them; tokens (B, T or more) behind it are only read as those that heads of some
+        kinds are fed: depth d at position t reads token t + d. Where there is none it reads token 0, and its state
+        means nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
         position_ids (B, T): see `context`; depth d of a sequential head stands d - 1 further.
         """
         T = tokens.size(1) if length is None else length

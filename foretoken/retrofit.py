@@ -40,7 +40,7 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
     model.init_weights(seed)
     state, given = model.state_dict(), old.state_dict()
     kinds = [(c.head_kind, c.shared_block) for c in (old.config, config)]
-    if kinds[0] != kinds[1]:  # the next-token path alone, whose blocks are called otherwise where heads are blocks of it
+    if kinds[0] != kinds[1]:  # the next-token path alone: where heads are blocks of it, these have other names
         path = {hf.main_name(name, old.config) or name: tensor for name, tensor in given.items()}
         names = {name: hf.main_name(name, config) or name for name in state if not _further(name)}
         given = {name: path[there] for name, there in names.items()}

@@ -231,4 +231,4 @@ def _signed(constant: int) -> int:
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
     """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()  # type: ignore[no-any-return]
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()

@@ -214,7 +214,8 @@ def test_deepseek_blocks_begin_as_head_1_on_the_hidden_state() -> None:
 )
 def test_total_blocks_are_split(kind: str, layers: int) -> None:
     name, _, shared = kind.partition("-")
-    asked = ModelRecipe(hidden_size=32, num_attention_heads=4, total_blocks=8, head_kind=name, shared_block=bool(shared))  # type: ignore[arg-type]
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "total_blocks": 8}
+    asked = ModelRecipe.model_validate({**fields, "head_kind": name, "shared_block": bool(shared)})
     config = asked.resolve(17, 32)
     assert config.num_hidden_layers == layers
     model = Model(config)

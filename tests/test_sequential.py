@@ -159,7 +159,8 @@ def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
     def own(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         T = q.size(1)
         mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-        return unrolled.attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask.repeat(1, 1, 1, len(keys)))
+        k, v = torch.cat(list(keys), 1), torch.cat(list(values), 1)
+        return unrolled.attention(q, k, v, mask.repeat(1, 1, 1, len(keys)))
 
     patch.setattr(unrolled, "merged_attention", own)
 
