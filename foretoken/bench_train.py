@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import statistics
 import sys
@@ -35,6 +36,7 @@ from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid
 from foretoken.model import Model
 
 WAYS = ("chunked", "sequential", "naive", "replicated")
+PEERS = ("liger", "cce", "torch")  # other fused losses, a call per head, where they are installed and there is a GPU
 
 
 def shape(vocab_size: int, width: int, blocks: int, context: int, n: int) -> ModelConfig:
@@ -86,6 +88,11 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
             hidden = model(tokens[:, :T] if way == "replicated" else tokens, length=T)
             if way == "chunked":
                 total = mtp_loss(hidden, model.lm_head.weight, labels, factors).total
+            elif way in PEERS:
+                states = [h.to(dtype).flatten(0, 1) for h in hidden]
+                weight = model.lm_head.weight.to(dtype)
+                losses = [fused(way)(h, weight, y.flatten()) for h, y in zip(states, labels, strict=True)]
+                total = torch.stack(losses).sum()
             elif way == "naive":
                 losses = [
                     cross_entropy(F.linear(h, model.lm_head.weight), y) for h, y in zip(hidden, labels, strict=True)
@@ -100,6 +107,24 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
         total.backward()  # type: ignore[no-untyped-call]
 
     return nn.ModuleList([model, further]), step
+
+
+@functools.cache
+def fused(way: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A peer's mean cross-entropy of labels (R) from states (R, D) and an unembedding (V, D)."""
+    if way == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy  # type: ignore[no-any-return]
+    if way == "torch":
+        return F.linear_cross_entropy  # type: ignore[no-any-return, attr-defined]
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Liger
+
+    def liger(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        found = Liger.apply(states, weight, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
+        return found[0] if isinstance(found, tuple) else found
+
+    return liger
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,8 +210,8 @@ def bench_train(
     Raises ConfigError for sizes and counts that make no sense.
     """
     for way in ways:
-        if way not in WAYS:
-            raise ConfigError(f"way {way}: must be one of {', '.join(WAYS)}")
+        if way not in WAYS + PEERS:
+            raise ConfigError(f"way {way}: must be one of {', '.join(WAYS + PEERS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     for name, value, least in (

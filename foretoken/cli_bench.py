@@ -78,7 +78,8 @@ def train(
     vocabulary: Annotated[list[int] | None, typer.Option(help="Any number. Default: 256, 32000, 128256.")] = None,
     heads: Annotated[list[int] | None, typer.Option(help="n; any number. Default: 1, 2, 4, 8.")] = None,
     way: Annotated[
-        list[str] | None, typer.Option(help="chunked, sequential, naive, replicated; any number. Default: all.")
+        list[str] | None,
+        typer.Option(help="chunked, sequential, naive, replicated; any number. Default: all. Peers: liger, cce, torch."),
     ] = None,
     width: Annotated[int, typer.Option(help="Of the model.")] = 512,
     blocks: Annotated[int, typer.Option(help="Of the model, with those of the further heads.")] = 8,

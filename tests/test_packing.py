@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foretoken import heads, packing
+from foretoken import packing, unrolled
 from foretoken import train as training
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import TrainConfig
@@ -370,7 +370,7 @@ def test_merged_tiles_are_the_masked_form(kv_heads: int, depths: int) -> None:
     dense = (ids[:, :, None] == ids[:, None]).tril()[:, None]
     found = []
     for mask in (packing.block_mask(packing.document_starts(ids)), dense):
-        y = heads.unrolled_attention(q, keys, values, mask)
+        y = unrolled.unrolled_attention(q, keys, values, mask)
         found.append([y, *torch.autograd.grad(y, [q, *keys, *values], upstream)])
     for tiled, masked in zip(*found, strict=True):
         close(tiled, masked, "tiles", 1e-12)
