@@ -36,7 +36,7 @@ from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid
 from foretoken.model import Model
 
 WAYS = ("chunked", "sequential", "naive", "replicated")
-PEERS = ("liger", "cce", "torch")  # other fused losses, a call per head, where they are installed and there is a GPU
+PEERS = ("liger", "cce", "cce_exact", "torch")  # other fused losses, a call per head, where they are installed
 
 
 def shape(vocab_size: int, width: int, blocks: int, context: int, n: int) -> ModelConfig:
@@ -112,10 +112,10 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
 @functools.cache
 def fused(way: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A peer's mean cross-entropy of labels (R) from states (R, D) and an unembedding (V, D)."""
-    if way == "cce":
+    if way.startswith("cce"):  # by default it leaves out of the gradient what has a small probability
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy  # type: ignore[no-any-return]
+        return partial(linear_cross_entropy, filter_eps=None) if way == "cce_exact" else linear_cross_entropy
     if way == "torch":
         return F.linear_cross_entropy  # type: ignore[no-any-return, attr-defined]
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Liger
