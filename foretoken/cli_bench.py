@@ -79,7 +79,10 @@ def train(
     heads: Annotated[list[int] | None, typer.Option(help="n; any number. Default: 1, 2, 4, 8.")] = None,
     way: Annotated[
         list[str] | None,
-        typer.Option(help="chunked, sequential, naive, replicated; any number. Default: all. Peers: liger, cce, cce_exact, torch."),
+        typer.Option(
+            help="chunked, sequential, naive, replicated; any number. Default: these. Others': liger, cce, cce_exact, "
+            "torch."
+        ),
     ] = None,
     width: Annotated[int, typer.Option(help="Of the model.")] = 512,
     blocks: Annotated[int, typer.Option(help="Of the model, with those of the further heads.")] = 8,

@@ -24,7 +24,7 @@ from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Figures, Settings
 from foretoken.lab.head_kinds import step_seconds
 from foretoken.loss import mtp_loss, targets, valid_counts
-from foretoken.model import Model
+from foretoken.model import Model, Stepper
 from foretoken.recipe import load_recipe
 from foretoken.sources import Document
 from foretoken.tokenizer import Tokenizer
@@ -143,9 +143,12 @@ def scored(folder: Path, max_bytes: int) -> Figures:
 def decoded(folder: Path, drafts: Sequence[int | None], settings: Settings, device: str = "cpu") -> Figures:
     """Held-out prompts continued plainly and with so many drafts (None: as many as pay), timed in turn.
 
+    In compiled steps, unless the settings say `compiled = False`.
     By temperature, "greedy" and "sampled", and by "3 drafts" and the like. Decode with nothing beside it.
     """
     model, tokenizer = load_checkpoint(folder, settings.get("decode_dtype", "float32"), device)
+    if not settings.get("compiled", True):
+        model.use_stepper(Stepper(model, compiled=False))
     prompts = prompts_of(folder, settings["prompts"])
     ways = [Way(k) for k in drafts]
     found: Figures = {}
