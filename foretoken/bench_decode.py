@@ -25,7 +25,7 @@ import torch
 from foretoken.bench import held_out_prompts, whole_prompts
 from foretoken.bench_peers import Timing, Workload, decoders, versions
 from foretoken.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from foretoken.config import ModelConfig
+from foretoken.config import ModelConfig, validated
 from foretoken.decode import check_draft_vocab
 from foretoken.display import Display
 from foretoken.errors import ConfigError
@@ -51,13 +51,15 @@ def random_model(size: str, n_future: int, head_kind: str, dtype: torch.dtype, c
     if size not in SHAPES:
         raise ConfigError(f"size {size}: must be one of {', '.join(SHAPES)}")
     width, layers, heads, mlp = SHAPES[size]
-    config = ModelConfig.model_validate(
+    config = validated(
+        ModelConfig,
         {
             "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads,
             "max_position_embeddings": context, "tie_word_embeddings": True, "n_future": n_future,
             "head_kind": head_kind,
-        }
+        },
+        "--head-kind, --n-future",
     )  # fmt: skip
     model = Model(config)
     model.init_weights(0)

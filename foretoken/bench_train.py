@@ -111,18 +111,27 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
 
 @functools.cache
 def fused(way: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A peer's mean cross-entropy of labels (R) from states (R, D) and an unembedding (V, D)."""
-    if way.startswith("cce"):  # by default it leaves out of the gradient what has a small probability
-        from cut_cross_entropy import linear_cross_entropy
+    """A peer's mean cross-entropy of labels (R) from states (R, D) and an unembedding (V, D).
 
-        return partial(linear_cross_entropy, filter_eps=None) if way == "cce_exact" else linear_cross_entropy
-    if way == "torch":
-        return F.linear_cross_entropy  # type: ignore[no-any-return, attr-defined]
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Liger
+    Raises ConfigError where it is not installed.
+    """
+    try:
+        if way.startswith("cce"):  # by default it leaves out of the gradient what has a small probability
+            from cut_cross_entropy import linear_cross_entropy
+
+            found: Any = linear_cross_entropy
+            return partial(found, filter_eps=None) if way == "cce_exact" else found
+        if way == "torch":
+            return F.linear_cross_entropy
+        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Liger
+    except (ImportError, AttributeError):
+        needs = {"liger": "pip install liger-kernel", "torch": "torch 2.13"}.get(way, "pip install cut-cross-entropy")
+        raise ConfigError(f"way {way} needs: {needs}") from None
 
     def liger(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        found = Liger.apply(states, weight, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
-        return found[0] if isinstance(found, tuple) else found
+        options = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
+        total: Tensor = Liger.apply(states, weight, labels, *options)[0]
+        return total
 
     return liger
 
@@ -212,6 +221,8 @@ def bench_train(
     for way in ways:
         if way not in WAYS + PEERS:
             raise ConfigError(f"way {way}: must be one of {', '.join(WAYS + PEERS)}")
+        if way in PEERS:
+            fused(way)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     for name, value, least in (

@@ -29,7 +29,7 @@ def decode(
         str | None, typer.Option(help="Field of records that are prompts as they stand, texts or lists of texts.")
     ] = None,
     size: Annotated[list[str] | None, typer.Option(help="Random weights: 30m, 110m, 350m, 1b; any number.")] = None,
-    head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel or sequential.")] = "parallel",
+    head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel, sequential, ...")] = "parallel",
     n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; any number. Default: 1.")] = None,
     temperature: Annotated[

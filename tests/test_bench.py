@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,24 @@ def test_docs_hold_the_tables_of_the_stored_training_steps() -> None:
     stored = json.loads((docs / "results" / "retrofit.json").read_text(encoding="utf-8"))
     assert f"<!-- the table of results/retrofit.json -->\n{retrofit.table(stored['arms'])}\n<!-- end -->" in page
     assert " ".join(page.split()).count(stored["command"]) == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_a_peers_loss_is_ours() -> None:
+    config, gradients = bench_train.shape(50, 64, 4, 24, 3), []
+    tokens = torch.randint(0, 50, (2, 27), generator=torch.Generator().manual_seed(0))
+    for way in ("chunked", "torch"):
+        model, step = bench_train.step_of(way, config, torch.float32, "cpu", False)
+        step(tokens)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def test_a_peer_that_is_missing_is_said_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    bench_train.fused.cache_clear()
+    wrong(run("bench", "train", "--way", "liger"), "way liger needs: pip install liger-kernel")
 
 
 def test_training_steps(run: Run, tmp_path: Path) -> None:  # noqa: F811
