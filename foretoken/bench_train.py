@@ -218,11 +218,7 @@ def bench_train(
 
     Raises ConfigError for sizes and counts that make no sense.
     """
-    for way in ways:
-        if way not in WAYS + PEERS:
-            raise ConfigError(f"way {way}: must be one of {', '.join(WAYS + PEERS)}")
-        if way in PEERS:
-            fused(way)
+    _check_ways(ways)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     for name, value, least in (
@@ -261,6 +257,14 @@ def bench_train(
         )
         row |= {f"{key}_ratio": row[key] / max(first[key], 1e-9) for key in ("ms", "flops", "peak_mib")}
     return {"machine": {**machine(), "device": device}, "versions": versions(), "product_tflops": ceiling, "rows": rows}
+
+
+def _check_ways(ways: Sequence[str]) -> None:
+    for way in ways:
+        if way not in WAYS + PEERS:
+            raise ConfigError(f"way {way}: must be one of {', '.join(WAYS + PEERS)}")
+        if way in PEERS:
+            fused(way)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
