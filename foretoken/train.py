@@ -205,7 +205,7 @@ def _update(
             raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
     if not math.isfinite(norm):
-        where = f", first in {part}" if (part := optim.not_finite(model)) else ""
+        where = f", first in {place}" if (place := optim.not_finite(model)) else ""
         raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}{where}")
     for optimizer in optimizers:
         optimizer.step()
