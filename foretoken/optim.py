@@ -136,5 +136,29 @@ def head_weights(step: int, total_steps: int, n: int, config: LossConfig) -> lis
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before.
+
+    Where that is not finite, gradients stay as they are.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if math.isfinite(value := float(whole(norm))):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
+
+
+def not_finite(model: Model) -> str | None:
+    """The first part of a model whose gradient is not finite, in a backward's order: a head, the unembedding, ...
+
+    All processes must ask.
+    """
+    n, own = model.config.n_future, len(model.heads)
+    names = [f"head {i}" if i == 1 or own == n else f"heads 2 to {n}" for i in range(1, own + 1)]
+    parts: list[tuple[str, nn.Module]] = [
+        *zip(names, model.heads, strict=True), ("the final norm", model.norm), ("the unembedding", model.lm_head),
+        ("the trunk", model.trunk), ("the embedding", model.embed_tokens),
+    ]  # fmt: skip
+    for name, part in parts:
+        if not all(whole(p.grad).isfinite().all() for p in part.parameters() if p.grad is not None):
+            return name
+    return None

@@ -76,6 +76,14 @@ def documents(config: DataConfig, sources: Sequence[str]) -> Iterator[Document]:
             yield from found
 
 
+def hold_records(sources: Sequence[str]) -> bool:
+    """Whether any of the sources' documents are records, which have fields. Raises DataError for one without files."""
+    return any(
+        source.startswith("hf:") or any(path.name.lower().endswith(RECORD_SUFFIXES) for path in source_files(source))
+        for source in sources
+    )
+
+
 def source_files(source: str) -> list[Path]:
     """The files of a source, sorted by name. Raises DataError where there is none."""
     path = Path(source).expanduser()

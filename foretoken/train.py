@@ -61,7 +61,7 @@ def train(
     Started by torchrun or SLURM in several processes, they train it together, and the first one writes and reports.
     SIGINT and SIGTERM finish the step, save and return with `finished` false. `resume` continues from the newest
     checkpoint in `out`, on a CPU bit for bit as if never stopped. Raises ConfigError, DataError, CheckpointError, and
-    TrainingError when a loss is not a number, naming the head and the step; what was saved before stays.
+    TrainingError when a loss or a gradient is not a number, naming the head and the step; what was saved before stays.
     """
     run, config = Path(out), recipe.train
     check_folder(run, resume)
@@ -205,7 +205,8 @@ def _update(
             raise TrainingError(f"step {step + 1}: the loss of head {depth + 1} is {value}")
     norm = optim.clip_gradients(model, recipe.optim.clip)
     if not math.isfinite(norm):
-        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}")
+        where = f", first in {place}" if (place := optim.not_finite(model)) else ""
+        raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}{where}")
     for optimizer in optimizers:
         optimizer.step()
     return norm

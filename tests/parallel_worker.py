@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import tiny_model
 from small_runs import recipe
+from torch.distributed.tensor import DTensor
 
 from foretoken import train as training
 from foretoken.checkpoint import newest_step
 from foretoken.config import OptimConfig
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
-from foretoken.optim import clip_gradients, make_optimizers
+from foretoken.optim import clip_gradients, make_optimizers, not_finite
 from foretoken.parallel import World, join_world, leave_world, shard, whole
 from foretoken.train import train
 
@@ -59,6 +60,11 @@ def gradients(kind: str, within: int) -> None:
             optimizer.step()
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(whole(p), q, atol=1e-6), f"{name} after a step"
+    assert not_finite(model) is None
+    for grad in (p.grad for part in (model.trunk, model.heads[1]) for p in part.parameters()):
+        if world.rank % (within or world.size) == 1 and isinstance(grad, DTensor):  # in one part alone
+            grad.to_local().fill_(float("nan"))
+    assert not_finite(model) == ("head 2" if kind == "parallel" else "heads 2 to 4")
 
 
 def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:

@@ -151,6 +151,19 @@ def test_evaluate_without_data_takes_what_training_held_out(run: Run, model: Pat
     assert 0 < held_out["bytes"] < 0.5 * everything["bytes"]
 
 
+def test_fields_of_what_has_none_are_wrong(run: Run, model: Path, corpus: Path, tmp_path: Path) -> None:
+    """Text files, those of the run's own data or others; beside records they are read as they are."""
+    says = ("messages_field = messages: ", "/text holds text alone, which has no fields; leave that out")
+    wrong(run("evaluate", model, "--messages-field", "messages"), *says)
+    wrong(run("evaluate", model, corpus / "text", "--split", "all", "--messages-field", "messages"), *says)
+    both = run("evaluate", model, "--text-field", "a", "--domain-field", "b")
+    wrong(both, "text_field = a and domain_field = b: ")
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.jsonl").write_text('{"a": "other"}\n')
+    found = run("evaluate", model, tmp_path / "a.txt", tmp_path / "b.jsonl", "--text-field", "a", "--json").json
+    assert found["documents"] == 2
+
+
 def test_info_json(run: Run, model: Path) -> None:
     values = run("info", model, "--json").json
     wanted = {"next_token_layers": 2, "n_future": 3, "head_kind": "parallel", "vocab_size": 260, "tokenizer": "bytes"}
@@ -587,7 +600,7 @@ def test_no_permission(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pyte
 def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "head_weights", lambda step, steps, n, config: [math.nan] * n)
     done = run("train", "tiny", "--out", tmp_path / "run", *sets(corpus))
-    wrong(done, "step 1: the gradient's norm is nan; no checkpoint had been saved yet")
+    wrong(done, "step 1: the gradient's norm is nan, first in head 1; no checkpoint had been saved yet")
 
 
 # Ends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,6 +267,47 @@ def test_nan_names_the_head_and_keeps_the_last_checkpoint(corpus: Path, tmp_path
     assert content(run) == kept
     check_loads(run)
     assert finish(wanted, run).finished
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "named"),
+    [
+        ("parallel", "heads.0", "head 1"),
+        ("parallel", "heads.2", "head 3"),
+        ("sequential", "heads.1", "heads 2 to 3"),
+        ("parallel", "lm_head", "the unembedding"),
+        ("parallel", "trunk.0", "the trunk"),
+        ("parallel", "embed_tokens", "the embedding"),
+    ],
+)
+def test_a_gradient_that_becomes_nan_names_where(
+    corpus: Path, tmp_path: Path, kind: str, part: str, named: str
+) -> None:
+    """It becomes so in the backward of a part, behind finite losses, and goes on into all that lies before."""
+    run, wanted = tmp_path / "run", recipe(corpus, f"model.head_kind={kind}", "model.num_hidden_layers=3")
+    lost = math.nan if part != "heads.2" else math.inf
+
+    def poison(model: Model) -> None:
+        def hooked(module: torch.nn.Module, inputs: object, y: torch.Tensor) -> None:
+            y.register_hook(lambda gradient: gradient * lost)
+
+        if part == "lm_head":
+            model.lm_head.weight.register_hook(lambda gradient: gradient * lost)
+        else:
+            model.get_submodule(part).register_forward_hook(hooked)
+
+    with at_step(1, poison), pytest.raises(TrainingError) as error:
+        train(wanted, run)
+    left = "no checkpoint had been saved yet"
+    assert re.fullmatch(rf"step 2: the gradient's norm is (nan|inf), first in {named}; {left}", str(error.value))
+
+
+def test_gradients_that_are_no_numbers_stay_as_they_are() -> None:
+    """Scaled by their norm, all of them would be NaN."""
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([math.nan])
+    assert math.isnan(optim.clip_gradients(layer, 1.0))
+    assert layer.weight.grad.tolist() == [[3.0, 4.0]]
 
 
 def test_gradient_that_is_no_number_stops_too(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
