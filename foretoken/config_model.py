@@ -102,11 +102,6 @@ class ModelConfig(Section):
         return self.head_kind in ("joint", "sequential", "deepseek") and self.n_future > 1
 
     @property
-    def stacked(self) -> bool:
-        """Whether a head reads another head's state rather than all of them the trunk's output."""
-        return self.head_kind in ("causal", "anticausal") and self.n_future > 1
-
-    @property
     def qkv_bias(self) -> bool:
         """Qwen2 adds biases to the query, key and value projections."""
         return self.architecture == "qwen2"
@@ -173,8 +168,9 @@ class ModelRecipe(Section):
         own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind", "shared_block"}
         if self.start_from is not None and own:
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
-        if self.start_from is not None and self.head_kind == "anticausal" and self.n_future > 1:
-            raise ValueError("anticausal heads are blocks of the next-token path: none can be added to a model")
+        given = self.start_from is not None or self.head_init == "last_block"
+        if given and self.head_kind == "anticausal" and self.n_future > 1:
+            raise ValueError("anticausal heads are blocks of the next-token path: none is added, or begins as its copy")
         if self.frozen and (self.start_from is None or self.n_future == 1):
             raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
         if self.lora_rank is not None and (self.start_from is None or self.frozen):

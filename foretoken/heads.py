@@ -123,6 +123,9 @@ class AnticausalHeads(ParallelHeads):
             states.append(block(states[-1], context))
         return states[:0:-1]
 
+    def start_from_head_1(self) -> None:
+        """See `Heads`: there is nothing beside head 1 that could begin as it does."""
+
 
 class JointBlock(Block):
     """A block that is told of the token before the one it predicts, by a map of its embedding."""

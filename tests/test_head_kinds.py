@@ -40,6 +40,7 @@ from foretoken.formats.hf_class import export_hf
 from foretoken.heads import DeepSeekHeads, JointBlock
 from foretoken.model import ALL_SHARED, Model
 from foretoken.request import Request
+from foretoken.retrofit import starting_config, starting_model
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
 
@@ -237,6 +238,24 @@ def test_a_run_trains_saves_and_decodes(kind: str, corpus: Path, tmp_path: Path)
         assert request.ids
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("anticausal", "parallel"), ("joint", "joint"), ("deepseek-shared", "deepseek")]
+)
+def test_a_checkpoint_gets_heads_of_another_kind(old: str, new: str, tmp_path: Path) -> None:
+    """Its next-token path stays, wherever its blocks stand; heads of the same kind stay, too."""
+    model = make(old, vocab=260, dtype=torch.float32)
+    save_checkpoint(tmp_path / "c", model, byte_tokenizer())
+    asked = ModelRecipe.model_validate({"start_from": str(tmp_path / "c"), "n_future": 3, "head_kind": new})
+    config, _ = starting_config(asked, 32)
+    started = starting_model(asked, config, 0).eval()
+    assert (started.config.head_kind, started.config.n_future) == (new, 3)
+    tokens = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        ours, theirs = started(tokens), model(tokens)
+    for i in range(3 if old == new else 1):
+        close(ours[i], theirs[i], f"head {i + 1}", 0)
+
+
 # Checkpoints
 
 
@@ -285,8 +304,10 @@ def test_impossible_shapes_are_refused() -> None:
         tiny_config(layers=3, head_kind="anticausal")
     with pytest.raises(ValueError, match='shared_block is of head_kind = "deepseek", not "joint"'):
         tiny_config(head_kind="joint", shared_block=True)
-    with pytest.raises(ValueError, match="anticausal heads are blocks of the next-token path: none can be added"):
-        ModelRecipe(start_from="x", head_kind="anticausal")
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "total_blocks": 8}
+    for fields in ({"start_from": "x"}, {**shape, "head_init": "last_block"}):
+        with pytest.raises(ValueError, match="anticausal heads are blocks of the next-token path: none is added"):
+            ModelRecipe.model_validate({**fields, "head_kind": "anticausal"})
 
 
 def test_one_head_is_the_same_of_every_kind() -> None:
