@@ -81,7 +81,9 @@ def decode(
             if request.finish_reason is None:
                 count = len(turn.paths[index]) - 1
                 new = _commit(request, turn.picked[index][: count + 1], turn.logprobs[index])
-                request.steps.append(Step(tuple(drafted[index]), min(count, len(new)), len(new)))
+                # Where a row has fewer drafts than others, what fills it up may be right by luck: then it was a draft.
+                drafts = (*drafted[index], *turn.picked[index][len(drafted[index]) : count])
+                request.steps.append(Step(drafts, min(count, len(new)), len(new)))
                 yield request, new
         batch.settle(turn)
 
