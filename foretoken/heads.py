@@ -215,3 +215,9 @@ class _MergedAttention(torch.autograd.Function):
 def make_heads(config: ModelConfig) -> ParallelHeads | SequentialHeads:
     """The heads of the kind that `config` names."""
     return SequentialHeads(config) if config.head_kind == "sequential" else ParallelHeads(config)
+
+
+def make_unembeddings(config: ModelConfig) -> nn.ModuleList:
+    """The unembeddings of heads 2..n, where they have their own (Gloeckle et al. 2024, table S4: replicated)."""
+    count = config.n_future - 1 if config.own_unembeddings else 0
+    return nn.ModuleList(nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(count))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretoken.errors import ConfigError
+from foretoken.sampling import Keys
 
 Change = Callable[[Tensor], Tensor]
 
@@ -137,3 +138,16 @@ def changes(requests: Sequence[Processed], further: Callable[[int], Sequence[Seq
         return changed
 
     return change
+
+
+def pick_targets(
+    logits: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
+    tokens = keys.choose(change(logits) if change else logits, places)
+    return tokens.tolist(), logprobs_of(logits, tokens)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> list[list[float]]:
+    """Log-probabilities of tokens (B, T) under logits (B, T, V)."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].tolist()
