@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretoken.checkpoint import save_checkpoint
-from foretoken.config import HeadKind, ModelConfig, validated
+from foretoken.config import HeadKind, ModelConfig, Unembedding, validated
 from foretoken.errors import ConfigError
 from foretoken.formats import hf
-from foretoken.heads import make_heads
+from foretoken.heads import make_heads, make_unembeddings
 from foretoken.layers import Context, Rotary
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class WithHeads(nn.Module):
     """A transformers model and its heads 2..n. The model runs as it is, with whatever it has been given.
 
     model: a Llama, Mistral, Qwen2 or Qwen3 with its unembedding (`...ForCausalLM`). heads: at first copies of its last
-    block, as far as they fit a sequential head.
+    block, as far as they fit a sequential head. own_unembeddings: theirs, if any, at first copies of the model's.
     """
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
@@ -40,14 +40,18 @@ class WithHeads(nn.Module):
         self.heads[0].load_state_dict(own)
         self.heads.start_from_head_1()
         self.heads[0] = nn.Identity()  # head 1 is the model's own last block
+        self.own_unembeddings = make_unembeddings(config).to(model.dtype)
+        for layer in self.own_unembeddings:
+            layer.load_state_dict({"weight": model.get_output_embeddings().weight})
         self.rotary = Rotary(config)
         self.to(model.device)
 
     @property
-    def unembedding(self) -> Tensor:
-        """Of all heads (V, D), for `mtp_loss`."""
+    def unembedding(self) -> Tensor | list[Tensor]:
+        """Of all heads (V, D), or n where further heads have their own, for `mtp_loss`."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        own = list(self.own_unembeddings.parameters())
+        return [weight, *own] if own else weight
 
     def forward(self, tokens: Tensor, length: int | None = None) -> list[Tensor]:
         """Tokens -> n normalised states (B, T, D), head 1 first: what `mtp_loss` takes.
@@ -77,20 +81,23 @@ class WithHeads(nn.Module):
         with torch.device("meta"):
             model = Model(self.shape)
         given = self.model.state_dict()
-        heads = self.heads.state_dict()
+        own = self.state_dict()
         state = {}
         for name in model.state_dict():
             there = "lm_head.weight" if name == "lm_head.weight" else hf.main_name(name, self.shape)
-            state[name] = heads[name.removeprefix("heads.")] if there is None else given[there]
+            state[name] = own[name] if there is None else given[there]
         model.load_state_dict(state, assign=True)
         if self.shape.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return save_checkpoint(directory, model, _tokenizer(tokenizer))
 
 
-def attach_heads(model: Any, n_future: int, head_kind: HeadKind = "parallel") -> WithHeads:
+def attach_heads(
+    model: Any, n_future: int, head_kind: HeadKind = "parallel", unembedding: Unembedding = "shared"
+) -> WithHeads:
     """Give a transformers causal language model heads 2..n_future (Gloeckle et al. 2024, or an EAGLE-3 layer).
 
+    unembedding: "per_head" gives each of them one of its own.
     Raises ConfigError for a model without what heads need, CheckpointError for an architecture that is not supported.
     """
     values = {**model.config.to_dict(), "architectures": [type(model).__name__]}
@@ -99,7 +106,7 @@ def attach_heads(model: Any, n_future: int, head_kind: HeadKind = "parallel") ->
         raise ConfigError(f"n_future = {n_future} adds no head; it must be at least 2")
     if head_kind not in ATTACHED:
         raise ConfigError(f"head_kind = {head_kind!r} reads head 1's own state; attached are {', '.join(ATTACHED)}")
-    fields = config.model_dump() | {"n_future": n_future, "head_kind": head_kind}
+    fields = config.model_dump() | {"n_future": n_future, "head_kind": head_kind, "unembedding": unembedding}
     return WithHeads(model, validated(ModelConfig, fields, "attach_heads"))
 
 

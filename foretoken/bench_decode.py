@@ -218,7 +218,7 @@ def bench_checkpoint(
         ids = [tokenizer.encode(text, add_special_tokens=True)[-room:] for text in chosen]
         for temperature in temperatures:
             works += [Workload(source or "held out", ids, batch, tokens, temperature) for batch in batches]
-    drafts = range(1, model.config.n_future + (1 if model.config.sequential else 0))
+    drafts = range(1, model.config.n_future + (1 if model.config.goes_on else 0))
     with tempfile.TemporaryDirectory() as temporary:
         copy = save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer)  # without heads renamed, in this type
         return bench(name, model, copy, works, drafts, rounds, peers, gb_s, True, draft_vocabs, display)

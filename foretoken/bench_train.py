@@ -83,11 +83,11 @@ def step_of(way: str, config: ModelConfig, dtype: torch.dtype, device: str, comp
                 context = model.context(T)
                 heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
                 z = model.run_trunk(tokens[:, :T], context)
-                sequential_backward(z, heads, model.lm_head.weight, labels, factors)
+                sequential_backward(z, heads, model.unembeddings(), labels, factors)
                 return
             hidden = model(tokens[:, :T] if way == "replicated" else tokens, length=T)
             if way == "chunked":
-                total = mtp_loss(hidden, model.lm_head.weight, labels, factors).total
+                total = mtp_loss(hidden, model.unembeddings(), labels, factors).total
             elif way in PEERS:
                 states = [h.to(dtype).flatten(0, 1) for h in hidden]
                 weight = model.lm_head.weight.to(dtype)

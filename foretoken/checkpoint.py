@@ -194,6 +194,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "next_token_layers": config.num_hidden_layers,
         "n_future": config.n_future,
         "head_kind": config.head_kind,
+        "unembedding": config.unembedding,
         "parameters": sum(p.numel() for p in model.parameters()),
         "next_token_parameters": main,
         "hidden_size": config.hidden_size,

@@ -15,6 +15,7 @@ from foretoken.config_model import ModelRecipe as ModelRecipe
 from foretoken.config_model import RopeScaling as RopeScaling
 from foretoken.config_model import Section
 from foretoken.config_model import Shared as Shared
+from foretoken.config_model import Unembedding as Unembedding
 from foretoken.config_model import validated as validated
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

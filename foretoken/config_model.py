@@ -14,6 +14,7 @@ from foretoken.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 HeadKind = Literal["parallel", "linear", "causal", "anticausal", "joint", "sequential", "deepseek"]
+Unembedding = Literal["shared", "per_head"]
 Shared = Literal["trunk", "embedding", "unembedding"]
 Matrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MATRICES: tuple[Matrix, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,6 +58,7 @@ class ModelConfig(Section):
     n_future: int = Field(default=1, ge=1)
     head_kind: HeadKind = "parallel"
     shared_block: bool = Field(default=False, description="of deepseek heads: all depths run one block")
+    unembedding: Unembedding = "shared"
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -102,6 +104,16 @@ class ModelConfig(Section):
         return self.head_kind in ("joint", "sequential", "deepseek") and self.n_future > 1
 
     @property
+    def own_unembeddings(self) -> bool:
+        """Whether heads 2..n each have an unembedding of their own."""
+        return self.unembedding == "per_head" and self.n_future > 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether drafting can go on beyond the n - 1 tokens that training knew."""
+        return self.sequential and not self.own_unembeddings
+
+    @property
     def qkv_bias(self) -> bool:
         """Qwen2 adds biases to the query, key and value projections."""
         return self.architecture == "qwen2"
@@ -126,6 +138,7 @@ class ModelRecipe(Section):
 
     start_from: a checkpoint, of any program, whose shape, weights and tokenizer the run begins with; of its heads the
     first n_future. Further ones begin as copies of its last block. frozen: its next-token path stays as it is.
+    unembedding: one matrix for all heads, or for heads 2..n one each beside it (replicated unembedding).
     lora_rank: of its next-token path adapters of this rank learn alone, beside the lora_target_modules of its blocks,
     scaled by lora_alpha / lora_rank.
     """
@@ -151,6 +164,7 @@ class ModelRecipe(Section):
     n_future: int = Field(default=4, ge=1)
     head_kind: HeadKind = "parallel"
     shared_block: bool = False
+    unembedding: Unembedding = "shared"
     head_init: Literal["random", "last_block"] | None = Field(
         default=None, description="by default random, and last_block with start_from"
     )
@@ -165,7 +179,7 @@ class ModelRecipe(Section):
     @model_validator(mode="after")
     def _own_shape_or_another(self) -> ModelRecipe:
         _check_shared_block(self)
-        own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind", "shared_block"}
+        own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind", "shared_block", "unembedding"}
         if self.start_from is not None and own:
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
         given = self.start_from is not None or self.head_init == "last_block"

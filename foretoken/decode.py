@@ -45,13 +45,13 @@ def decode(
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own
-    drafts as far as asked. None: as many as pay, by what steps cost on this machine and how many drafts are accepted
-    (see `pace`), at most those the model was trained for and, of a sequential head, one more. nodes: drafts of a step
-    as a tree of so many places, at most K deep; by default a chain, or what pays where K is None. slots: how many
-    requests run at a time, by default all; the others wait, and take the rows of those that end. source: where drafts
-    come from, by default the model's heads. draft_vocab: of how many first tokens drafts are, by default all, or what
-    pays where K is None. A request ends when its `finish_reason` is set, by `commit` or by the caller between two
-    yields. Raises ConfigError for a K or a prompt that the model cannot run.
+    drafts as far as asked, where its depths share an unembedding. None: as many as pay, by what steps cost on this
+    machine and how many drafts are accepted (see `pace`), at most those the model was trained for and, of a sequential
+    head, one more. nodes: drafts of a step as a tree of so many places, at most K deep; by default a chain, or what
+    pays where K is None. slots: how many requests run at a time, by default all; the others wait, and take the rows of
+    those that end. source: where drafts come from, by default the model's heads. draft_vocab: of how many first tokens
+    drafts are, by default all, or what pays where K is None. A request ends when its `finish_reason` is set, by
+    `commit` or by the caller between two yields. Raises ConfigError for a K or a prompt that the model cannot run.
     """
     check_requests(model, requests, drafts, source)
     check_nodes(nodes, sampling, source)
@@ -82,8 +82,8 @@ def decode(
                 count = len(turn.paths[index]) - 1
                 new = _commit(request, turn.picked[index][: count + 1], turn.logprobs[index])
                 # Where a row has fewer drafts than others, what fills it up may be right by luck: then it was a draft.
-                drafts = (*drafted[index], *turn.picked[index][len(drafted[index]) : count])
-                request.steps.append(Step(drafts, min(count, len(new)), len(new)))
+                own = (*drafted[index], *turn.picked[index][len(drafted[index]) : count])
+                request.steps.append(Step(own, min(count, len(new)), len(new)))
                 yield request, new
         batch.settle(turn)
 
@@ -203,11 +203,11 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
                 "they must be the same ones"
             )
         limit = min(limit, source.config.max_position_embeddings)
-    if (model.config.sequential or source is not None) and not 0 <= drafts < limit:
+    if (model.config.goes_on or source is not None) and not 0 <= drafts < limit:
         raise ConfigError(
             f"drafts = {drafts}, but a model of {limit} positions drafts 0 to {limit - 1} tokens per step"
         )
-    if not model.config.sequential and source is None and not 0 <= drafts < n:
+    if not model.config.goes_on and source is None and not 0 <= drafts < n:
         raise ConfigError(f"drafts = {drafts}, but a model with {n} heads drafts 0 to {n - 1} tokens per step")
     for request in requests:
         if not request.prompt:

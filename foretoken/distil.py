@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.loss import CHUNK_ELEMENTS, IGNORE
+from foretoken.loss import CHUNK_ELEMENTS, IGNORE, distinct
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def teachable(labels: Tensor) -> Tensor:
 
 def distil_loss(
     hidden: Sequence[Tensor],
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     labels: Tensor,
     scales: Tensor,
     terms: Terms,
@@ -56,18 +56,20 @@ def distil_loss(
 ) -> DistilOutput:
     """The terms of heads 2..n, with at most one chunk of logits in memory.
 
-    hidden: n normalised states (B, T, D), of which head 1's only teaches; weight: unembedding (V, D); labels (n, B, T)
-    from `teachable`; scales (n,): weight / count of these labels. weight_learns: whether the unembedding gets
-    gradients.
+    hidden: n normalised states (B, T, D), of which head 1's only teaches; weight: unembedding (V, D) of all heads, or
+    n of them; labels (n, B, T) from `teachable`; scales (n,): weight / count of these labels. weight_learns: whether
+    the unembedding that is head 1's too gets gradients; others do.
     """
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    weights, which = distinct(weight, len(hidden))
+    device = weights[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     teacher, *students = (h.to(dtype) for h in hidden)
     if not torch.is_grad_enabled():
-        weight, students = weight.detach(), [h.detach() for h in students]
-    shared = weight if weight_learns else weight.detach()
+        weights, students = [w.detach() for w in weights], [h.detach() for h in students]
+    if not weight_learns or 0 not in which[1:]:
+        weights[0] = weights[0].detach()
     total, divergence, overlap = _Distil.apply(  # type: ignore[no-untyped-call]
-        shared, teacher.detach(), labels, scales, terms, *students
+        teacher.detach(), labels, scales, terms, which, *weights, *students
     )
     return DistilOutput(total, divergence, overlap)
 
@@ -75,41 +77,44 @@ def distil_loss(
 class _Distil(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, teacher: Tensor, labels: Tensor, scales: Tensor, terms: Terms, *students: Tensor
+        ctx: Any, teacher: Tensor, labels: Tensor, scales: Tensor, terms: Terms, which: list[int], *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.weight_dtype, weight = weight.dtype, weight.to(teacher.dtype)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        needs = any(ctx.needs_input_grad)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[0] else None
-        grads = [torch.zeros_like(h) for h in students] if needs else []
-        rows = max(1, CHUNK_ELEMENTS // 4 // weight.size(0))
-        n = len(students) + 1
-        total, divergence, overlap = (torch.zeros(n, dtype=torch.float64, device=weight.device) for _ in range(3))
+        n, dtype = len(which), teacher.dtype
+        weights, students = tensors[: 1 - n], tensors[1 - n :]
+        ctx.types = [t.dtype for t in tensors]
+        wide, learn = torch.promote_types(dtype, torch.float32), ctx.needs_input_grad[5:]
+        grad_weights = [
+            torch.zeros_like(w, dtype=wide) if yes else None for w, yes in zip(weights, learn, strict=False)
+        ]
+        grads = [torch.zeros_like(h) for h in students] if any(learn) else []
+        rows = max(1, CHUNK_ELEMENTS // 4 // weights[0].size(0))
+        first = weights[0].to(dtype)
+        total, divergence, overlap = (torch.zeros(n, dtype=torch.float64, device=first.device) for _ in range(3))
         for d, states in enumerate(students, 1):
+            weight, grad_weight = weights[which[d]].to(dtype) if which[d] else first, grad_weights[which[d]]
             at = (labels[d] != IGNORE).nonzero()  # (valid, 2)
             for part in torch.split(at, rows):
                 row, place = part.unbind(1)
                 student = states[row, place]
                 value, grad, kl, shared = _terms(
-                    (teacher[row, place + d] @ weight.T).to(wide), (student @ weight.T).to(wide), terms
+                    (teacher[row, place + d] @ first.T).to(wide), (student @ weight.T).to(wide), terms
                 )
                 total[d] += value.double().sum()
                 divergence[d] += kl.double().sum()
                 overlap[d] += shared.double().sum()
-                if needs:
+                if grads:
                     grad = (grad * scales[d].to(wide)).to(weight.dtype)
                     grads[d - 1][row, place] = grad @ weight
                     if grad_weight is not None:
                         grad_weight += grad.T @ student
-        ctx.save_for_backward(*([] if grad_weight is None else [grad_weight]), *grads)
+        ctx.save_for_backward(*grad_weights, *grads)
         ctx.mark_non_differentiable(divergence, overlap)
         return (total * scales.to(total)).sum().to(wide), divergence, overlap
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        weight = (saved.pop(0) * grad_total).to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
-        return weight, None, None, None, None, *((h * grad_total).to(h.dtype) for h in saved)
+        pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
+        return None, None, None, None, None, *(None if g is None else (g * grad_total).to(kind) for g, kind in pairs)
 
 
 def _terms(teacher: Tensor, student: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -40,7 +40,8 @@ class Drafter:
     tree: the shape of the next drafts; None is a chain of K. draft_vocab: among how many first tokens these are; None
     is all. Tokens of a byte-pair encoding stand in the order of their merges, frequent ones first; of the unembedding
     fewer rows are read. compiled: whether `turn` may run as one compiled call. heads_draft: whether the model's own
-    heads draft, which is then part of that call; other drafters are asked behind it and get no states.
+    heads draft, which is then part of that call, but for heads with unembeddings of their own, which that call does not
+    know; other drafters are asked behind it and get no states.
     """
 
     heads = 1
@@ -127,7 +128,8 @@ class Drafter:
         drafted = [row[1:] for row in tokens]
         change = changes(requests, lambda row: shape.before(drafted[row]))
         short = len(tokens[0]) + inside < MOST_TOKENS
-        if steps is not None and self.compiled and short and change is None:
+        known = self.compiled and not (inside and stepper.config.own_unembeddings)
+        if steps is not None and known and short and change is None:
             stepper.grow_tables(cache)
             own, ranks, among = (self.cache, self.ranks, self.draft_vocab) if inside else (None, 1, None)
             picked, logprobs, paths, flat, self.proposed = steps.turn(
@@ -190,7 +192,7 @@ class ParallelDrafter(Drafter):
             return [[] for _ in requests], None
         states = self.states(hidden, at)
         if changes(requests, lambda row: ()) is None:
-            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks, self.draft_vocab)
+            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks, self.draft_vocab, 1)
             return self.placed(candidates.tolist()), proposed
         return chained(self, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys)
 
@@ -285,7 +287,8 @@ def chained(
         state = states(firsts)
         before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in requests]
         change = changes(requests, lambda row, before=before: [[*new[row], *before[row]]])  # type: ignore[misc]
-        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks, drafter.draft_vocab)
+        depth = len(firsts) + 1 if drafter.heads_draft else 0
+        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks, drafter.draft_vocab, depth)
         firsts.append(found[..., 0])
         candidates.append(found)
         laws.append(law)

@@ -153,7 +153,7 @@ def most_drafts(stepper: Stepper, source: Source) -> int:
     """How many drafts a step may have where nobody says how many; of a sequential head, one beyond its training."""
     if source is not None:
         return MOST[type(source)]
-    return stepper.config.n_future - (0 if stepper.config.sequential and stepper.config.n_future > 1 else 1)
+    return stepper.config.n_future - (0 if stepper.config.goes_on else 1)
 
 
 def step_pace(stepper: Stepper, rows: int, source: Source = None, draft_vocab: int | None = None) -> Pace:

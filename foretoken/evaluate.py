@@ -277,7 +277,7 @@ def _score(model: Model, hidden: Sequence[Tensor], labels: Tensor) -> tuple[Tens
     rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
     for d, (states, wanted) in enumerate(zip(hidden, labels.flatten(1), strict=True)):
         for part in (wanted != IGNORE).nonzero()[:, 0].split(rows):
-            logits = model.logits(states.flatten(0, 1)[part])  # (rows, V)
+            logits = model.logits(states.flatten(0, 1)[part], d)  # (rows, V)
             nll[d, part] = F.cross_entropy(logits, wanted[part], reduction="none").double()
             choices[d, part] = logits.argmax(-1)
     return nll.view(labels.shape), choices.view(labels.shape)

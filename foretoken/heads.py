@@ -271,3 +271,9 @@ _KINDS: dict[str, Callable[[ModelConfig], Heads]] = {
 def make_heads(config: ModelConfig) -> Heads:
     """The heads of the kind that `config` names."""
     return _KINDS[config.head_kind](config)
+
+
+def make_unembeddings(config: ModelConfig) -> nn.ModuleList:
+    """The unembeddings of heads 2..n, where they have their own (Gloeckle et al. 2024, table S4: replicated)."""
+    count = config.n_future - 1 if config.own_unembeddings else 0
+    return nn.ModuleList(nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(count))

@@ -68,42 +68,65 @@ class LossOutput:
 
 
 def mtp_loss(
-    hidden: Sequence[Tensor], weight: Tensor, labels: Tensor, scales: Tensor, *, weight_learns_from: int | None = None
-) -> LossOutput:
+    hidden: Sequence[Tensor], weight: Tensor | Sequence[Tensor], labels: Tensor, scales: Tensor, *,
+    weight_learns_from: int | None = None,
+) -> LossOutput:  # fmt: skip
     """Cross-entropy of all heads with at most one chunk of logits in memory.
 
-    hidden: n normalised states (B, T, D); weight: unembedding (V, D); labels (n, B, T) from `targets`; scales (n,) from
-    `scales`. Gradients are computed while a chunk's logits are there, so nothing is computed twice and the weight has
-    one gradient buffer for all heads. Under autocast the products run in its type, sums stay in float32.
-    weight_learns_from: the unembedding gets the gradients of so many heads, the first; None: of all.
+    hidden: n normalised states (B, T, D); weight: unembedding (V, D) of all heads, or n of them; labels (n, B, T) from
+    `targets`; scales (n,) from `scales`. Gradients are computed while a chunk's logits are there, so nothing is
+    computed twice and a weight has one gradient buffer for all its heads. Under autocast the products run in its type,
+    sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so many heads, the first; None:
+    of all that share it. Others always learn.
     """
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    weights, which = distinct(weight, len(hidden))
+    device = weights[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     flat = [h.to(dtype).flatten(0, 1) for h in hidden]
     if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
-        weight, flat = weight.detach(), [h.detach() for h in flat]
+        weights, flat = [w.detach() for w in weights], [h.detach() for h in flat]
+    learns_from = len(flat) if weight_learns_from is None else weight_learns_from
     total, sums, predictions = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        weight, labels.flatten(1), scales, len(flat) if weight_learns_from is None else weight_learns_from, *flat
+        labels.flatten(1), scales, learns_from, which, *weights, *flat
     )
     predictions = predictions.view_as(labels)
     return LossOutput(total, sums, _correct(predictions, labels), predictions)
 
 
+def per_head(weight: Tensor | Sequence[Tensor], n: int) -> list[Tensor]:
+    """The unembeddings of n heads, given one for all or n."""
+    weights = [weight] * n if isinstance(weight, Tensor) else list(weight)
+    assert len(weights) == n, f"{len(weights)} unembeddings for {n} heads"
+    return weights
+
+
+def distinct(weight: Tensor | Sequence[Tensor], n: int) -> tuple[list[Tensor], list[int]]:
+    """The different unembeddings among n heads', head 1's first, and which of them is each head's."""
+    weights = per_head(weight, n)
+    different = list({id(w): w for w in weights}.values())
+    places = {id(w): place for place, w in enumerate(different)}
+    return different, [places[id(w)] for w in weights]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, labels: Tensor, scales: Tensor, learns_from: int, *hidden: Tensor
+        ctx: Any, labels: Tensor, scales: Tensor, learns_from: int, which: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.weight_dtype = weight.dtype
-        weight = weight.to(hidden[0].dtype)  # here, not before: its gradient then is made once, in a wide type
-        rows = _chunk_rows(weight, labels.size(1))
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        needs = any(ctx.needs_input_grad)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs else None
-        grad_hidden = [torch.zeros_like(h) if needs else None for h in hidden]
-        sums = torch.zeros(len(hidden), dtype=torch.float64, device=weight.device)
-        predictions, factors = torch.empty_like(labels), scales.to(weight.device, wide)
+        weights, hidden = tensors[: -len(which)], tensors[-len(which) :]
+        learn, taught = ctx.needs_input_grad[4 : -len(which)], ctx.needs_input_grad[-len(which) :]
+        ctx.heads, ctx.weight_dtype = len(which), weights[0].dtype
+        dtype, device = hidden[0].dtype, hidden[0].device
+        rows = _chunk_rows(weights[0], labels.size(1))
+        wide = torch.promote_types(dtype, torch.float32)
+        grads = [torch.zeros_like(w, dtype=wide) if needs else None for w, needs in zip(weights, learn, strict=True)]
+        grad_hidden = [torch.zeros_like(h) if any(ctx.needs_input_grad) else None for h in hidden]
+        sums = torch.zeros(len(hidden), dtype=torch.float64, device=device)
+        predictions, factors = torch.empty_like(labels), scales.to(device, wide)
         for d, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
+            if d == 0 or which[d] != which[d - 1]:
+                weight = weights[which[d]].to(dtype)  # here, not before: its gradient is made once, in a wide type
+            learns = grads[which[d]] if which[d] or d < learns_from else None
             for start in range(0, wanted.size(0), rows):
                 part = slice(start, start + rows)
                 label, valid = wanted[part].clamp(min=0), wanted[part] != IGNORE
@@ -111,25 +134,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 predictions[d, part] = chunk.best
                 nll = chunk.normaliser - (states[part].to(wide) * weight[label].to(wide)).sum(-1)
                 sums[d] += nll.masked_fill(~valid, 0.0).double().sum()
-                learns = grad_weight if ctx.needs_input_grad[0] and d < learns_from else None
-                if learns is not None or ctx.needs_input_grad[4 + d]:
+                if learns is not None or taught[d]:
                     grad_hidden[d][part] = chunk.backward(label, valid * factors[d], learns)  # type: ignore[index]
-        ctx.save_for_backward(grad_weight, *grad_hidden)
+        ctx.save_for_backward(*grads, *grad_hidden)
         total = (sums * scales.to(sums.device)).sum().to(wide)
         ctx.mark_non_differentiable(sums, predictions)
         return total, sums, predictions
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, *grad_hidden = ctx.saved_tensors
-        scaled = grad_total.to(grad_weight.dtype)
-        if ctx.needs_input_grad[0]:  # in its own memory: what is saved here is used once
-            grad_weight = grad_weight.mul_(scaled).to(ctx.weight_dtype)
-        hidden = [
-            h.mul_(scaled.to(h.dtype)) if needs else None
-            for h, needs in zip(grad_hidden, ctx.needs_input_grad[4:], strict=True)
-        ]
-        return grad_weight if ctx.needs_input_grad[0] else None, None, None, None, *hidden
+        saved = zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)  # the weights', and the states'
+        # in their own memory: what is saved here is used once
+        grads = [grad.mul_(grad_total.to(grad.dtype)) if needs else None for grad, needs in saved]
+        weights = [None if grad is None else grad.to(ctx.weight_dtype) for grad in grads[: -ctx.heads]]
+        return None, None, None, None, *weights, *grads[-ctx.heads :]
 
 
 def _chunk_rows(weight: Tensor, positions: int) -> int:
@@ -198,17 +216,20 @@ def _exponentiate(logits: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, 
 
 
 def sequential_backward(
-    z: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], weight: Tensor, labels: Tensor, scales: Tensor
-) -> LossOutput:
+    z: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], weight: Tensor | Sequence[Tensor], labels: Tensor,
+    scales: Tensor,
+) -> LossOutput:  # fmt: skip
     """The paper's memory trick (section 2, figure 2): forward and backward head by head, then the trunk once.
 
-    z (B, T, D): trunk output with its graph; heads: functions z -> normalised state (B, T, D). Gradients are in the
-    parameters' `.grad` on return. All logits of one head are held: the readable twin of `mtp_loss`.
+    z (B, T, D): trunk output with its graph; heads: functions z -> normalised state (B, T, D); weight: as for
+    `mtp_loss`. Gradients are in the parameters' `.grad` on return. All logits of one head are held: the readable twin
+    of `mtp_loss`.
     """
     trunk = z.detach().requires_grad_()
     sums, predictions = [], []
+    weights = per_head(weight, len(heads))
     for d, head in enumerate(heads):
-        logits = F.linear(head(trunk), weight)
+        logits = F.linear(head(trunk), weights[d])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         total = F.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
         (total * scales[d].to(total)).backward()  # type: ignore[no-untyped-call]
@@ -222,7 +243,7 @@ def sequential_backward(
 
 def oracle_loss(
     hidden: Sequence[Tensor],
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     tokens: Tensor,
     document_ids: Tensor,
     label_mask: Tensor,
@@ -232,10 +253,12 @@ def oracle_loss(
 ) -> Tensor:
     """The definition in plain loops over heads, rows and positions: slow, differentiable, shares no code with the rest.
 
-    hidden: n states (B, T, D); weight (V, D); windows (B, T + n). Run it on a batch of your own to check a loss.
+    hidden: n states (B, T, D); weight (V, D), or n of them; windows (B, T + n). Run it on a batch of your own to check
+    a loss.
     """
     n, (B, T, _) = len(hidden), hidden[0].shape
-    total = weight.new_zeros(())
+    weights = [weight] * n if isinstance(weight, Tensor) else weight
+    total = weights[0].new_zeros(())
     for i in range(1, n + 1):
         losses = []
         for b in range(B):
@@ -244,7 +267,7 @@ def oracle_loss(
                     continue
                 if not across_documents and document_ids[b, t] != document_ids[b, t + i]:
                     continue
-                logits = weight @ hidden[i - 1][b, t]
+                logits = weights[i - 1] @ hidden[i - 1][b, t]
                 losses.append(torch.logsumexp(logits, 0) - logits[tokens[b, t + i]])
         if losses:
             total = total + head_weights[i - 1] * torch.stack(losses).sum() / len(losses)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
 from foretoken.graphs import Graphs, bucket
-from foretoken.heads import make_heads
+from foretoken.heads import make_heads, make_unembeddings
 from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
-from foretoken.processors import Change
+from foretoken.processors import Change, pick_targets
 from foretoken.sampling import Keys, filtered, logprobs_of, rejection, widened
 from foretoken.tree import Tree
 
@@ -44,6 +44,7 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.own_unembeddings = make_unembeddings(config)
         self.rotary = Rotary(config)
         self._stepper: Stepper | None = None
 
@@ -64,6 +65,18 @@ class Model(nn.Module):
             else:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.normal_(0.0, back if into_residual else 0.02, generator=generator)
+
+    @torch.no_grad()
+    def start_from_head_1(self) -> None:
+        """Give heads 2..n head 1's weights, as far as they fit, and unembeddings of their own its unembedding."""
+        self.heads.start_from_head_1()
+        for weight in self.own_unembeddings.parameters():
+            weight.copy_(self.lm_head.weight)
+
+    def unembeddings(self) -> list[Tensor]:
+        """The n heads' unembeddings (V, D), head 1's first: n times the same, or with `per_head` n different ones."""
+        own: list[Tensor] = [*self.own_unembeddings.parameters()]
+        return [self.lm_head.weight, *(own or [self.lm_head.weight] * (self.config.n_future - 1))]
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +143,8 @@ class Model(nn.Module):
         positions = self._positions(T, position_ids)
         context = self.context(T, None if document_ids is None else document_ids[:, :T], positions)
         z = self.run_trunk(tokens[:, :T], context)
-        table = _detached(self.embed_tokens.weight, "embedding" not in head_gradients)
-        scale = _detached(self.norm.weight, "unembedding" not in head_gradients)
+        table = self.embed_tokens.weight if "embedding" in head_gradients else self.embed_tokens.weight.detach()
+        scale = self.norm.weight if "unembedding" in head_gradients else self.norm.weight.detach()
         further = F.pad(tokens, (0, max(0, T + self.config.n_future - 1 - tokens.size(1))))
         first, *rest = self.heads(
             z,
@@ -141,9 +154,9 @@ class Model(nn.Module):
         )
         return [self.norm(first)] + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in rest]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V) in float32 or wider."""
-        logits: Tensor = self.lm_head(hidden)
+    def logits(self, hidden: Tensor, depth: int = 0) -> Tensor:
+        """Normalised states (..., D) of the head at `depth` -> logits (..., V) in float32 or wider."""
+        logits = F.linear(hidden, self.unembeddings()[depth])
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def use_stepper(self, stepper: Stepper) -> None:
@@ -164,8 +177,7 @@ class Stepper:
     """
 
     def __init__(self, model: Model, compiled: bool = True) -> None:
-        self.config = model.config
-        self.model = model
+        self.model, self.config = model, model.config
         # One block that drafts stands apart, as matrices do; heads that read what head 1 reads run with it.
         (first, *others), kind = model.heads, self.config.head_kind
         self.early = len(others) if kind == "anticausal" else 0  # how many of the trunk's blocks end in heads' states
@@ -265,14 +277,14 @@ class Stepper:
 
     def pick_drafts(
         self, states: Tensor, keys: Keys, first: int = 0, change: Change | None = None, ranks: int = 1,
-        draft_vocab: int | None = None,
+        draft_vocab: int | None = None, depth: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Candidates (B, k, ranks) for drafts, the first number `first` of its step, from heads' states (B, k, D).
 
-        draft_vocab: they are among so many first tokens. Also the logits (B, k, V) of the law they are picked by, which
-        acceptance by rejection needs.
+        draft_vocab: they are among so many first tokens. depth: see `logits`. Also the logits (B, k, V) of the law they
+        are picked by, which acceptance by rejection needs.
         """
-        logits = self.logits(states, draft_vocab)
+        logits = self.logits(states, draft_vocab, depth)
         logits = change(logits) if change else logits
         drafts = keys.choose_drafts(logits, first, ranks)
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
@@ -296,12 +308,18 @@ class Stepper:
         return state
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, draft_vocab: int | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, draft_vocab: int | None = None, depth: int = 0) -> Tensor:
         """States (..., D) as `forward` returns them -> logits (..., V), float32 or wider.
 
-        draft_vocab: of so many first tokens alone; those of the others are -inf.
+        draft_vocab: of so many first tokens alone; those of the others are -inf. depth: of the first of the states
+        (..., k, D), the next is one deeper; 0: all are head 1's.
         """
-        if self.native is not None:
+        if depth and self.config.own_unembeddings:
+            states = self.model.norm(hidden.to(self.model.dtype)).unbind(-2)
+            weights = self.model.unembeddings()[depth : depth + len(states)]
+            pairs = zip(states, weights, strict=True)
+            logits = torch.stack([F.linear(state, weight[:draft_vocab]) for state, weight in pairs], -2)
+        elif self.native is not None:
             logits = self.native.logits(hidden, draft_vocab)
         else:
             logits = F.linear(self.model.norm(hidden), self.model.lm_head.weight[:draft_vocab])
@@ -318,32 +336,14 @@ class Stepper:
     def _context(self, positions: Tensor, cache: KVCache, tree: Tree | None = None) -> Context:
         """For tokens at slots `positions` (B, T), which are their rotary positions, too, where they are no tree."""
         assert self.tables is not None
-        count, device = positions.size(1), positions.device
-        slots = torch.arange(max(cache.lengths) + count, device=device)
-        visible = slots <= positions[:, :, None]  # (B, T, S)
-        if tree is not None:
-            own = torch.tensor([[seen >> node & 1 for node in range(count)] for seen in tree.ancestors], device=device)
-            visible &= slots < positions[:, :1, None]
-            for row, start in enumerate(cache.lengths):
-                visible[row, :, start : start + count] = own > 0
-            positions = positions[:, :1] + torch.tensor(tree.depths, device=device)
+        slots = torch.arange(max(cache.lengths) + positions.size(1), device=positions.device)
+        visible = slots <= positions[:, :, None] if tree is None else tree.visible(slots, positions)  # (B, T, S)
+        positions = positions if tree is None else positions[:, :1] + torch.tensor(tree.depths, device=slots.device)
         cos, sin = (table[positions].to(self.model.dtype) for table in self.tables)  # (B, T, H)
         if positions.size(1) == 1 and min(cache.lengths) == max(cache.lengths):
             return Context(cos, sin)  # the only query sees all there is
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
-
-
-def pick_targets(
-    logits: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
-    tokens = keys.choose(change(logits) if change else logits, places)
-    return tokens.tolist(), logprobs_of(logits, tokens)
-
-
-def _detached(tensor: Tensor, yes: bool) -> Tensor:
-    return tensor.detach() if yes else tensor
 
 
 def _addresses(model: Model) -> list[int]:

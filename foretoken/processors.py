@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretoken.errors import ConfigError
+from foretoken.sampling import Keys, logprobs_of
 
 Change = Callable[[Tensor], Tensor]
 
@@ -137,3 +138,11 @@ def changes(requests: Sequence[Processed], further: Callable[[int], Sequence[Seq
         return changed
 
     return change
+
+
+def pick_targets(
+    logits: Tensor, keys: Keys, change: Change | None = None, places: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The target's own token after each of a step's positions, logits (B, T, V), and its log-probability."""
+    tokens = keys.choose(change(logits) if change else logits, places)
+    return tokens.tolist(), logprobs_of(logits, tokens)

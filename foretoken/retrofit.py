@@ -26,8 +26,7 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
         raise ConfigError(
             f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"
         )
-    heads = {key: getattr(recipe, key) for key in ("n_future", "head_kind", "shared_block")}
-    fields = config.model_dump() | heads
+    fields = config.model_dump() | recipe.model_dump(include={"n_future", "head_kind", "shared_block", "unembedding"})
     return validated(ModelConfig, fields, "model"), tokenizer
 
 
@@ -42,11 +41,12 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
     kinds = [(c.head_kind, c.shared_block) for c in (old.config, config)]
     if kinds[0] != kinds[1]:  # the next-token path alone: where heads are blocks of it, these have other names
         path = {hf.main_name(name, old.config) or name: tensor for name, tensor in given.items()}
-        names = {name: hf.main_name(name, config) or name for name in state if not _further(name)}
-        given = {name: path[there] for name, there in names.items()}
+        names = {name: hf.main_name(name, config) or name for name in state}
+        given = {name: path[there] for name, there in names.items() if there != name or name == "lm_head.weight"}
     if recipe.head_init != "random":
         model.heads[0].load_state_dict(old.heads[0].state_dict())
-        model.heads.start_from_head_1()
+        model.lm_head.load_state_dict(old.lm_head.state_dict())
+        model.start_from_head_1()
         state = model.state_dict()
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in state.items()})
     if recipe.frozen or recipe.lora_rank is not None:
@@ -69,9 +69,9 @@ def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: 
     model = starting_model(recipe, config, seed)
     load_adapters(folder, model)
     values = dict(stored.named_parameters())
-    for name, parameter in model.heads.named_parameters():
-        if not name.startswith("0."):
-            parameter.data.copy_(values[f"heads.{name}"])
+    for name, parameter in model.named_parameters():
+        if hf.main_name(name, config) is None:
+            parameter.data.copy_(values[name])
     for name, value in merged(model):  # summed again, maybe by another kernel
         if not torch.allclose(value, values[name], rtol=1e-4, atol=1e-5):
             raise CheckpointError(f"{folder}: '{name}' is not of {recipe.start_from} with adapters: it has changed")
@@ -81,11 +81,7 @@ def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: 
 def freeze(model: Model) -> None:
     """Let nothing of the next-token path learn; it then runs without a graph."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_further(name))
-
-
-def _further(name: str) -> bool:
-    return name.startswith("heads.") and not name.startswith("heads.0.")
+        parameter.requires_grad_(hf.main_name(name, model.config) is None)
 
 
 def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
@@ -96,6 +92,9 @@ def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> No
     began = dict(starting_model(recipe, model.config, seed).named_parameters())
     now = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
     learning = {f"head {depth + 1} has": f"heads.{depth}." for depth in range(1, len(model.heads))}
+    learning |= {
+        f"head {d + 2}'s unembedding has": f"own_unembeddings.{d}." for d in range(len(model.own_unembeddings))
+    }
     learning |= {"the adapters have": ".lora_B."} if recipe.lora_rank is not None else {}
     for what, part in learning.items():
         if all(torch.equal(now[name], began[name]) for name in now if part in name):

@@ -143,7 +143,7 @@ def _begin(
             model = Model(config)
             model.init_weights(recipe.train.seed)
             if recipe.model.head_init == "last_block":
-                model.heads.start_from_head_1()
+                model.start_from_head_1()
         _spread(model, recipe.train, world)
         return model, optim.make_optimizers(model, recipe.optim), 0, {}
     model = retrofit.resumed_model(start, recipe.model, config, recipe.train.seed).train()
@@ -230,12 +230,13 @@ def _backward(
         if recipe.loss.method == "chunked":
             trained = recipe.loss.head_gradients
             hidden = model(part.tokens, documents, T, trained, positions) * (len(labels) // n)
+            matrices = model.unembeddings() * (len(labels) // n)
             heads_learned = len(labels) if "unembedding" in trained else 1
-            output = mtp_loss(hidden, model.lm_head.weight, part_labels, factors, weight_learns_from=heads_learned)
+            output = mtp_loss(hidden, matrices, part_labels, factors, weight_learns_from=heads_learned)
             total = output.total
             if terms.distils:
                 total = total + distil_loss(
-                    hidden, model.lm_head.weight, taught[:, rows], distil_factors,
+                    hidden, matrices, taught[:, rows], distil_factors,
                     Terms(terms.soft, terms.total_variation, terms.acceptance, terms.soft_top_k),
                     weight_learns="unembedding" in trained,
                 ).total  # fmt: skip
@@ -244,7 +245,7 @@ def _backward(
             context = model.context(T, documents, positions)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
             z = model.run_trunk(part.tokens[:, :T], context)
-            output = sequential_backward(z, heads, model.lm_head.weight, part_labels, factors)
+            output = sequential_backward(z, heads, model.unembeddings(), part_labels, factors)
         yield part, output, valid_counts(part_labels)
 
 
@@ -278,8 +279,8 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
         documents, positions = _packed(batch, recipe.train)
         with _autocast(model, recipe.train):
             hidden = model(batch.tokens, documents, recipe.train.seq_len, position_ids=positions)
-            hidden = hidden * (len(labels) // len(hidden))
-            output = mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(len(labels)))
+            times = len(labels) // len(hidden)
+            output = mtp_loss(hidden * times, model.unembeddings() * times, labels, torch.ones(len(labels)))
         meter.add(output, valid_counts(labels), batch.document_ids)
     model.train()
     return meter.take("validation", step)

@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -57,6 +60,15 @@ class Tree:
     def nodes(self, candidates: Sequence[Sequence[int]]) -> list[int]:
         """The tokens of nodes 1.., from candidates (depth, rank)."""
         return [candidates[depth - 1][rank] for depth, rank in zip(self.depths[1:], self.ranks, strict=True)]
+
+    def visible(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Which of the slots (S) are seen by the nodes of each row, which stand at `positions` (B, T): (B, T, S)."""
+        count, starts = positions.size(1), positions[:, 0].tolist()
+        own = [[seen >> node & 1 > 0 for node in range(count)] for seen in self.ancestors]
+        visible = (slots < positions[:, :1, None]).repeat(1, count, 1)
+        for row, start in enumerate(starts):
+            visible[row, :, start : start + count] = torch.tensor(own, device=slots.device)
+        return visible
 
     def before(self, tokens: Sequence[int]) -> list[list[int]]:
         """For every node the drafts on the way to it, its own among them; `tokens` are those of nodes 1.."""

@@ -32,7 +32,7 @@ def export_eagle3(checkpoint: str | Path, out: str | Path) -> Path:
     folder = find_checkpoint(checkpoint)
     model = load_model(folder, None)
     require_eagle3(model.config, str(folder))
-    tensors = drafter_tensors(model, str(folder)) | {"lm_head.weight": model.lm_head.weight.detach()}
+    tensors = drafter_tensors(model, str(folder)) | {"lm_head.weight": model.unembeddings()[1].detach()}
     config = hf.eagle3_config(model.config, read_json(folder / "config.json"))
     with new_directory(out) as staging:
         save_tensors(staging / FILE, tensors)
@@ -64,7 +64,7 @@ def require_drafter(config: ModelConfig, where: str) -> None:
 
 @torch.no_grad()
 def drafter_tensors(model: Model, where: str) -> dict[str, Tensor]:
-    """EAGLE-3's tensors by name, less embedding and unembedding, which are the model's own.
+    """EAGLE-3's tensors by name, less embedding and unembedding where these are the model's own.
 
     Raises CheckpointError, naming `where`, for heads that do not fit (`require_drafter`) or were never trained.
     """
@@ -79,4 +79,6 @@ def drafter_tensors(model: Model, where: str) -> dict[str, Tensor]:
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = tensors[f"midlayer.self_attn.{name}.weight"]
             tensors[f"midlayer.self_attn.{name}.weight"] = torch.cat((torch.zeros_like(weight), weight), 1)
+    if config.own_unembeddings:
+        tensors["lm_head.weight"] = model.unembeddings()[1].detach()
     return tensors | {"norm.weight": model.norm.weight.detach()} | hf.eagle3_constants(config, model.dtype)

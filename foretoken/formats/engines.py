@@ -65,7 +65,8 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     ckpt, sequential = shlex.quote(str(folder)), config.sequential
     most = config.n_future - 1
     every = "sequential head" if sequential else f"heads 2..{config.n_future}" if most > 1 else "head 2"
-    stock, drafts = (every, most) if sequential else ("head 2", 1)
+    # an EAGLE-3 drafter has one unembedding, be it the model's or head 2's
+    stock, drafts = (every, most) if config.goes_on else ("head 2", 1)
     yield Use("foretoken", every, most, (f'foretoken generate {ckpt} "..."',), "make test")
     if config.head_kind not in ("parallel", "sequential"):
         return  # foretoken's alone
@@ -73,7 +74,10 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     export = f"foretoken export hf {ckpt} {shlex.quote(str(out))}"
     yield Use("transformers", every, most, (export, *hf_commands(out).values()), "make test")
     serve = vllm_command(folder, folder / HEADS, most)
-    if sequential:
+    if config.own_unembeddings:
+        reason = f"{folder}: heads with unembeddings of their own; vLLM lets mtp_heads/ use the model's alone"
+        yield Use("vllm", every, most, (), "make test", reason)
+    elif sequential:
         yield Use("vllm", every, most, (serve,), "make test-engines")
     else:
         yield Use("vllm", every, most, ("pip install ./plugins/foretoken-vllm", serve), "make test-engines")
@@ -86,8 +90,9 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
         reason = str(error)
     commands = eagle3_commands(folder, out)
     for engine, tested in (("vllm", "make test-engines"), ("sglang", "names only"), ("tensorrt_llm", "names only")):
-        if engine == "vllm" and sequential:
+        if engine == "vllm" and config.goes_on:
             continue  # mtp_heads/ is that drafter
+        tested = "names only" if config.own_unembeddings else tested
         yield Use(engine, stock, drafts, () if reason else (export, commands[engine]), tested, reason)
 
 
@@ -105,9 +110,10 @@ def _gguf_use(folder: Path, config: ModelConfig, runs: str, drafts: int) -> Use:
 
 
 def drafts_to_make(checkpoint: str | Path) -> int:
-    """Drafts per step that stock engines do well with: head 2 of parallel heads drafts one token well, not more."""
+    """Drafts per step that stock engines do well with: head 2 of parallel heads drafts one token well, not more, and so
+    does a sequential head with the first of its unembeddings."""
     config = read_config(find_checkpoint(checkpoint))
-    return config.n_future - 1 if config.sequential else 1
+    return config.n_future - 1 if config.goes_on else 1
 
 
 def vllm_command(checkpoint: Path, drafter: Path, drafts: int) -> str:

@@ -40,6 +40,8 @@ def main_name(name: str, config: ModelConfig) -> str | None:
         return None if config.tie_word_embeddings else name
     if name.startswith("trunk."):
         return "model.layers." + name.removeprefix("trunk.")
+    if name.startswith("own_unembeddings."):
+        return None
     if name.startswith("heads."):
         depth, _, rest = name.removeprefix("heads.").partition(".")
         own = depth == "0" or config.head_kind == "anticausal"
@@ -50,10 +52,12 @@ def main_name(name: str, config: ModelConfig) -> str | None:
 def heads_name(name: str, config: ModelConfig) -> str | None:
     """Name in `mtp_heads/` of our parameter `name`: EAGLE-3's for a sequential head, else heads 2..n count from 0.
 
-    The shared final norm goes along.
+    The shared final norm goes along. Unembeddings of heads 2..n's own count from 0, whatever the kind.
     """
     if name == "norm.weight":
         return name
+    if name.startswith("own_unembeddings."):
+        return f"heads.{name.split('.')[1]}.lm_head.weight"
     if not name.startswith("heads."):
         return None
     depth, _, rest = name.removeprefix("heads.").partition(".")
@@ -116,7 +120,9 @@ def heads_config(config: ModelConfig, main: dict[str, Any]) -> dict[str, Any]:
     other kinds are for foretoken alone.
     """
     n, layers = config.n_future, config.num_hidden_layers
-    own = {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size}
+    own: dict[str, Any] = {"head_kind": config.head_kind, "n_future": n, "hidden_size": config.hidden_size}
+    if config.unembedding != "shared":
+        own["unembedding"] = config.unembedding
     if config.sequential:
         return eagle3_config(config, main) | {"foretoken": own}
     if config.head_kind != "parallel":  # no engine has a class for it
@@ -189,7 +195,8 @@ def model_config(values: dict[str, Any], heads: dict[str, Any] | None, where: st
         if own.get("hidden_size") != fields["hidden_size"]:
             widths = f"heads of width {own.get('hidden_size')} beside a model of width {fields['hidden_size']}"
             raise CheckpointError(f"{beside}: {widths}")
-        fields |= {key: own[key] for key in ("n_future", "head_kind", "shared_block") if key in own}
+        keys = ("n_future", "head_kind", "shared_block", "unembedding")
+        fields |= {key: own[key] for key in keys if key in own}
     return validated(ModelConfig, fields, where)
 
 

@@ -43,6 +43,7 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Path:
         "auto_map": {"AutoConfig": f"{CODE}.{name}Config", "AutoModelForCausalLM": f"{CODE}.{name}ForCausalLM"},
         "n_future": config.n_future,
         "head_kind": config.head_kind,
+        "unembedding": config.unembedding,
     }
     tensors = {new: p.detach() for name, p in model.named_parameters() if (new := _name(name, config))}
     with new_directory(out) as staging:
@@ -57,6 +58,8 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Path:
 
 def _name(name: str, config: ModelConfig) -> str | None:
     """The class's name of our parameter `name`, None for a tied unembedding. Heads 2..n count from 0."""
+    if name.startswith("own_unembeddings."):
+        return f"mtp_{name.removeprefix('own_')}"
     depth, _, rest = name.removeprefix("heads.").partition(".")
     if name.startswith("heads.") and depth != "0":
         return f"mtp_heads.{int(depth) - 1}.{rest}"

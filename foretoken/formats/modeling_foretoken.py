@@ -94,17 +94,17 @@ class HeadsCandidateGenerator(CandidateGenerator):
         shared = self._shared(trunk, mask, positions)
         # A head that drafts nothing now must read on: its cache has all certain positions.
         states = [head(trunk, **shared) for head in self.model.mtp_heads]
-        return torch.cat([self._choice(state) for state in states[:drafts]], -1)
+        return torch.cat([self._choice(state, depth) for depth, state in enumerate(states[:drafts])], -1)
 
     def _sequential(self, tokens: Tensor, trunk: Tensor, mask: Tensor, positions: Tensor, drafts: int) -> Tensor:
         """Tokens (1, drafts) one behind the other: each is read, with the state it came from, to draft the next."""
         head, embed = self.model.mtp_heads[0], self.model.get_input_embeddings()
         state = head(embed(tokens), trunk, **self._shared(trunk, mask, positions))[:, -1:]
-        chosen = [self._choice(state)]
+        chosen = [self._choice(state, 0)]
         while len(chosen) < drafts:
             mask, positions = nn.functional.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
             state = head(embed(chosen[-1]), state, **self._shared(state, mask, positions))
-            chosen.append(self._choice(state))
+            chosen.append(self._choice(state, len(chosen)))
         if drafts > 1:
             self.cache.crop(1 - drafts)
         return torch.cat(chosen, -1)
@@ -122,9 +122,10 @@ class HeadsCandidateGenerator(CandidateGenerator):
             "position_embeddings": self.model.model.rotary_emb(x, position_ids=positions),
         }
 
-    def _choice(self, states: Tensor) -> Tensor:
-        """The likeliest token (1, 1) by the last of states (1, T, D)."""
-        return self.model.lm_head(self.model.model.norm(states[:, -1:])).argmax(-1)
+    def _choice(self, states: Tensor, draft: int) -> Tensor:
+        """The likeliest token (1, 1) by the last of states (1, T, D), for a step's draft number `draft`."""
+        unembed = self.model.mtp_unembeddings[draft] if self.model.mtp_unembeddings else self.model.lm_head
+        return unembed(self.model.model.norm(states[:, -1:])).argmax(-1)
 
 
 class Drafting:
@@ -139,6 +140,10 @@ class Drafting:
                 heads.append(type(self.model.layers[0])(config, 0))
                 heads[-1].self_attn.layer_idx = depth  # in the heads' own cache
         self.mtp_heads = nn.ModuleList(heads)
+        own = config.n_future - 1 if getattr(config, "unembedding", "shared") == "per_head" else 0
+        self.mtp_unembeddings = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(own)
+        )
         self.post_init()
 
     @classmethod

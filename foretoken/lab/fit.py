@@ -135,7 +135,7 @@ def _update(
         optimizer.zero_grad(set_to_none=True)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model(tokens, length=tokens.size(1) - n)
-        output = mtp_loss(hidden, model.lm_head.weight, labels, scales([1.0] * n, counts))
+        output = mtp_loss(hidden, model.unembeddings(), labels, scales([1.0] * n, counts))
     output.total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
     for optimizer in optimizers:

@@ -48,8 +48,8 @@ def losses(model: Model, held_out: Windows, count: int) -> tuple[Tensor, Tensor]
         labels = targets(batch.tokens, batch.document_ids, batch.label_mask, held_out.n_future)[:n]
         hidden = model(batch.tokens, length=held_out.seq_len)
         heads = []
-        for states, wanted in zip(hidden, labels, strict=True):
-            laws = model.logits(states).log_softmax(-1)
+        for depth, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
+            laws = model.logits(states, depth).log_softmax(-1)
             found = -laws.gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
             heads.append(found.masked_fill(wanted < 0, math.nan))
             if len(heads) == 1:
@@ -97,7 +97,7 @@ def table_of(model: Model, prefix: Tensor) -> tuple[Tensor, Tensor]:
     """p(x, y) (V, V) of the two tokens behind a prefix (1, T), by head 1; and head 2's law (V,) of the second."""
     vocab = model.config.vocab_size
     hidden = model(prefix)
-    first, second = (model.logits(states[0, -1]).double().softmax(-1) for states in hidden[:2])
+    first, second = (model.logits(hidden[d][0, -1], d).double().softmax(-1) for d in range(2))
     followed = torch.cat((prefix.expand(vocab, -1), torch.arange(vocab, device=prefix.device)[:, None]), 1)
     laws = [
         model.logits(model.run_head(model.run_trunk(part, context), context, 0)[:, -1])

@@ -172,6 +172,10 @@ def _checked(vllm_config: VllmConfig) -> tuple[Any, Any]:
             f"{draft.vocab_size} beside a model of width {width} and vocabulary {target.vocab_size}: "
             "serve mtp_heads/ with the model in whose directory it lies"
         )
+    if (getattr(draft, "foretoken", None) or {}).get("unembedding", "shared") != "shared":
+        raise ValueError(
+            "foretoken-vllm: heads with unembeddings of their own are not supported: vLLM shares the model's"
+        )
     if speculation.num_speculative_tokens > heads:
         raise ValueError(
             f"foretoken-vllm: num_speculative_tokens = {speculation.num_speculative_tokens}, but the checkpoint has "
