@@ -208,6 +208,7 @@ def test_what_does_not_fit_stops_at_the_start(parallel: Trained, tmp_path: Path)
     weights = load_file(parallel.heads / "model.safetensors")
     config = json.loads((parallel.heads / "config.json").read_text())
     less = {name: weight for name, weight in weights.items() if name != "heads.1.self_attn.k_proj.weight"}
+    up, first = "heads.2.mlp.up_proj.weight", weights["heads.0.mlp.up_proj.weight"].clone()
 
     def other(name: str, weights: dict[str, torch.Tensor], **values: Any) -> Path:
         (tmp_path / name).mkdir()
@@ -220,6 +221,8 @@ def test_what_does_not_fit_stops_at_the_start(parallel: Trained, tmp_path: Path)
         "width 128 = 3 heads and vocabulary 260 beside a model of width 64": (other("a", weights, hidden_size=128), 3),
         "mtp_heads/ lacks heads.1.self_attn.k_proj.weight": (other("b", less), 3),
         "mtp_heads/ holds unknown lm_head.weight": (other("c", {**weights, "lm_head.weight": torch.zeros(260, 64)}), 3),
+        f"mtp_heads/ {up} equals that of heads.0: it was copied": (other("d", {**weights, up: first}), 3),
+        f"mtp_heads/ {up} is all zero": (other("e", {**weights, up: torch.zeros_like(first)}), 3),
     }
     results = run_vllm(tmp_path, [parallel.engine(*drafter) for drafter in wrong.values()])
     for message, result in zip(wrong, results, strict=True):

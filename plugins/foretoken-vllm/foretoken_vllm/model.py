@@ -151,14 +151,30 @@ class MtpHeadsEagle3(Eagle3LlamaForCausalLM):  # vLLM's proposer demands this cl
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load mtp_heads/. Raises ValueError for a missing or an unknown tensor."""
+        """Load mtp_heads/. Raises ValueError for a tensor that is missing, unknown, or as heads begin."""
         tensors = dict(weights)
         expected = {part for name, _ in self.model.named_parameters() for part in _parts(name)}
         for what, names in (("lacks", expected - tensors.keys()), ("holds unknown", tensors.keys() - expected)):
             if names:
                 raise ValueError(f"foretoken-vllm: mtp_heads/ {what} {', '.join(sorted(names))}")
+        _refuse_untrained(tensors)
         named = ((f"model.{name}", tensor) for name, tensor in tensors.items())
         return AutoWeightsLoader(self).load_weights(named, mapper=LlamaModel.hf_to_vllm_mapper)
+
+
+def _refuse_untrained(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for a matrix that is all zero or another head's: copies are what heads begin as."""
+    for name, tensor in tensors.items():
+        depth, _, rest = name.removeprefix("heads.").partition(".")
+        if not name.startswith("heads.") or tensor.dim() != 2:
+            continue
+        if not tensor.any():
+            raise ValueError(f"foretoken-vllm: mtp_heads/ {name} is all zero: it was never trained")
+        for other in range(int(depth)):
+            if torch.equal(tensor, tensors[f"heads.{other}.{rest}"]):
+                raise ValueError(
+                    f"foretoken-vllm: mtp_heads/ {name} equals that of heads.{other}: it was copied and never trained"
+                )
 
 
 def _checked(vllm_config: VllmConfig) -> tuple[Any, Any]:
