@@ -34,12 +34,12 @@ class Counts:
 
 
 class EagleLayer:
-    """An EAGLE-3 drafter directory, read as engines read it. lm_head: the target's."""
+    """An EAGLE-3 drafter directory, read as engines read it. lm_head: the target's, where it holds none."""
 
     def __init__(self, folder: Path, embedding: Tensor, lm_head: Tensor, aux_layer: int) -> None:
         self.w = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
         self.c = json.loads((folder / "config.json").read_text())
-        self.embedding, self.lm_head = embedding, lm_head
+        self.embedding, self.lm_head = embedding, self.w.get("lm_head.weight", lm_head)
         assert self.c["eagle_aux_hidden_state_layer_ids"][-1] == aux_layer
 
     def __call__(self, tokens: list[int], hidden: list[Tensor]) -> tuple[int, Tensor]:
@@ -157,6 +157,8 @@ def _parallel_heads(checkpoint: Path, drafter: Path, drafts: int) -> Callable[[l
     for i in range(drafts):
         head, prefix = _llama(checkpoint), f"heads.{i}."
         own = {n.removeprefix(prefix): w.float() for n, w in weights.items() if n.startswith(prefix)}
+        if "lm_head.weight" in own:
+            head.lm_head.weight = torch.nn.Parameter(own.pop("lm_head.weight"))
         head.model.layers[-1].load_state_dict(own)
         heads.append(head)
 

@@ -263,12 +263,12 @@ def drafts_are_the_heads(model: Model, request: Request, sampling: Sampling, dra
     would see it.
     """
     most = max((len(step.drafted) for step in request.steps), default=0)
-    model = with_heads(model, most + 1) if model.config.sequential and most else model
+    model = with_heads(model, most + 1) if model.config.goes_on and most else model
     committed = 1
     for step in request.steps:
         newest = len(request.prompt) + committed - 1
         read = (request.prompt + request.ids)[: newest + 1] + list(step.drafted)
-        logits = [model.logits(hidden)[0, newest - 1] for hidden in model(torch.tensor([read]))]
+        logits = [model.logits(hidden, d)[0, newest - 1] for d, hidden in enumerate(model(torch.tensor([read])))]
         for k, draft in enumerate(step.drafted):
             position = torch.tensor(newest + 1 + k)
             logits[k + 1][draft_vocab or len(logits[k + 1]) :] = float("-inf")

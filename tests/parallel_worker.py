@@ -39,13 +39,19 @@ def gradients(kind: str, within: int) -> None:
         labels = targets(tokens, documents, mask, 4)[:, rows]
         counts = valid_counts(labels)
         factors = scales([1.0, 0.5, 0.25, 2.0], counts if group is None else group.total(counts))
-        output = mtp_loss(model(tokens[rows], length=12), model.lm_head.weight, labels, factors)
+        output = mtp_loss(model(tokens[rows], length=12), model.unembeddings(), labels, factors)
         output.total.backward()
         total = output.total.detach() if group is None else group.total(output.total.detach())
         found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         return {**found, "loss": total}
 
-    fields: dict[str, Any] = {"head_kind": kind, "dtype": torch.float64, "peaked": False}
+    kind, _, unembedding = kind.partition(" ")
+    fields: dict[str, Any] = {
+        "head_kind": kind,
+        "unembedding": unembedding or "shared",
+        "dtype": torch.float64,
+        "peaked": False,
+    }
     alone, model = (tiny_model(**fields) for _ in range(2))
     wanted = run(alone, slice(0, 8), None)
     shard(model, world, within)

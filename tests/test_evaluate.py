@@ -18,7 +18,7 @@ from tokenizers import processors
 
 from foretoken import evaluate as evaluation
 from foretoken.completion import generate
-from foretoken.config import DataConfig, ModelConfig
+from foretoken.config import DataConfig, ModelConfig, Unembedding
 from foretoken.data import prepare
 from foretoken.errors import ConfigError, DataError
 from foretoken.evaluate import Evaluation, HeadScores, Scores, agreements, evaluate, walk
@@ -31,7 +31,9 @@ BYTES = byte_tokenizer()
 LETTERS = "abcd"
 
 
-def make_model(n: int = 3, vocab: int = 260, positions: int = 128, seed: int = 0) -> Model:
+def make_model(
+    n: int = 3, vocab: int = 260, positions: int = 128, seed: int = 0, unembedding: Unembedding = "shared"
+) -> Model:
     """A float64 model of sharp choices that only ever picks one of LETTERS, or byte 0."""
     config = ModelConfig(
         vocab_size=vocab,
@@ -43,6 +45,7 @@ def make_model(n: int = 3, vocab: int = 260, positions: int = 128, seed: int = 0
         head_dim=8,
         max_position_embeddings=positions,
         n_future=n,
+        unembedding=unembedding,
     )
     model = Model(config).double()
     model.init_weights(seed)
@@ -52,7 +55,8 @@ def make_model(n: int = 3, vocab: int = 260, positions: int = 128, seed: int = 0
                 parameter.mul_(15)
         silent = torch.ones(vocab, dtype=torch.bool)
         silent[[ord(letter) for letter in LETTERS]] = False
-        model.lm_head.weight[silent] = 0.0
+        for matrix in model.unembeddings():
+            matrix[silent] = 0.0
     return model.eval()
 
 
@@ -87,7 +91,7 @@ def oracle(model: Model, documents: Sequence[Document], seq_len: int, stride: in
                 start += stride
             with torch.no_grad():
                 states = model(torch.tensor([ids[start : t + 1]]))
-                outputs[t] = [model.logits(state[0, -1]).tolist() for state in states]
+                outputs[t] = [model.logits(state[0, -1], d).tolist() for d, state in enumerate(states)]
         choice: dict[tuple[int, int], int] = {}  # (head, target) -> first choice
         for p in range(first, len(ids)):
             for i in range(1, n + 1):
@@ -135,9 +139,9 @@ def assert_close(a: object, b: object) -> None:
 # ------------------------------------------------------------------------------------------------ the definition
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_figures_are_the_definition_when_documents_fit_the_window(n: int) -> None:
-    model = make_model(n, seed=n)
+@pytest.mark.parametrize(("n", "unembedding"), [(1, "shared"), (2, "shared"), (4, "shared"), (3, "per_head")])
+def test_figures_are_the_definition_when_documents_fit_the_window(n: int, unembedding: Unembedding) -> None:
+    model = make_model(n, seed=n, unembedding=unembedding)
     wanted = oracle(model, DOCUMENTS, seq_len=128, stride=128)
     found = evaluate(model, DOCUMENTS, BYTES, bootstrap=10)
     for key in ("loss", "top1", "agreement", "count"):

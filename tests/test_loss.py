@@ -105,19 +105,20 @@ def test_random_batches_reach_the_corners() -> None:
 
 
 @settings(max_examples=25)
-@given(BATCHES, st.booleans(), st.integers(0, 10))
-def test_sequential_backward_equals_oracle(batch: Batch, tied: bool, seed: int) -> None:
+@given(BATCHES, st.booleans(), st.sampled_from(["shared", "per_head"]), st.integers(0, 10))
+def test_sequential_backward_equals_oracle(batch: Batch, tied: bool, unembedding: str, seed: int) -> None:
     n, T = batch.n, batch.hidden[0].size(1)
     fields = {"layers": 2, "width": 8, "vocab": 7, "seed": seed, "tie_word_embeddings": tied, "peaked": False}
+    fields["unembedding"] = unembedding
     fast, slow = (tiny_model(n_future=n, **fields) for _ in range(2))
     inputs, documents = batch.tokens[:, :T], batch.document_ids[:, :T]
     context = fast.context(T, documents)
     labels = batch.labels()
     heads = [partial(fast.run_head, context=context, depth=d) for d in range(n)]
     factors = scales(batch.weights, valid_counts(labels))
-    output = sequential_backward(fast.run_trunk(inputs, context), heads, fast.lm_head.weight, labels, factors)
+    output = sequential_backward(fast.run_trunk(inputs, context), heads, fast.unembeddings(), labels, factors)
     wanted = oracle_loss(
-        slow(inputs, documents), slow.lm_head.weight, batch.tokens, batch.document_ids, batch.label_mask, batch.weights,
+        slow(inputs, documents), slow.unembeddings(), batch.tokens, batch.document_ids, batch.label_mask, batch.weights,
         across_documents=batch.across,
     )  # fmt: skip
     close(output.total, wanted, "loss")
@@ -126,7 +127,7 @@ def test_sequential_backward_equals_oracle(batch: Batch, tied: bool, seed: int) 
     for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
         a = torch.zeros_like(p) if p.grad is None else p.grad
         close(a, torch.zeros_like(q) if q.grad is None else q.grad, name)
-    twin = mtp_loss(fast(inputs, documents), fast.lm_head.weight, labels, factors)
+    twin = mtp_loss(fast(inputs, documents), fast.unembeddings(), labels, factors)
     close(output.sums, twin.sums, "sums")
     assert torch.equal(output.predictions, twin.predictions)
     assert torch.equal(output.correct, twin.correct)

@@ -34,7 +34,8 @@ def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    ("processes", "within", "kind"), [(2, 0, "parallel"), (2, 0, "sequential"), (4, 2, "parallel"), (4, 0, "parallel")]
+    ("processes", "within", "kind"),
+    [(2, 0, "parallel"), (2, 0, "sequential"), (4, 2, "parallel"), (4, 0, "parallel per_head")],
 )
 def test_loss_and_gradients_of_one_process(processes: int, within: int, kind: str) -> None:
     """Counts are summed over processes; in float64 to the last digits. 4 within 2: two copies, each in two parts."""

@@ -40,9 +40,12 @@ def problem(seed: int, n: int = 3, V: int = 11, T: int = 7) -> tuple[list[Tensor
     return hidden, torch.randn(V, 5, generator=g, dtype=torch.float64, requires_grad=True), labels
 
 
-def by_loops(hidden: list[Tensor], weight: Tensor, labels: Tensor, head_weights: list[float], terms: Terms) -> Tensor:
+def by_loops(
+    hidden: list[Tensor], weight: Tensor | list[Tensor], labels: Tensor, head_weights: list[float], terms: Terms
+) -> Tensor:
     """The definition, position by position."""
-    total = weight.new_zeros(())
+    matrices = [weight] * len(labels) if isinstance(weight, Tensor) else weight
+    total = hidden[0].new_zeros(())
     n, B, T = labels.shape
     for d in range(1, n):
         values = []
@@ -50,8 +53,8 @@ def by_loops(hidden: list[Tensor], weight: Tensor, labels: Tensor, head_weights:
             for t in range(T - d):
                 if labels[d, b, t] == IGNORE:
                     continue
-                p = (weight @ hidden[0][b, t + d]).softmax(0).detach()
-                log_q = (weight @ hidden[d][b, t]).log_softmax(0)
+                p = (matrices[0] @ hidden[0][b, t + d]).softmax(0).detach()
+                log_q = (matrices[d] @ hidden[d][b, t]).log_softmax(0)
                 known = p
                 if terms.soft_top_k:
                     known = torch.where(p >= p.sort(descending=True).values[terms.soft_top_k - 1], p, 0.0)

@@ -17,7 +17,7 @@ def require_trained_heads(model: Model, where: str) -> None:
 
     That is: a matrix that equals head 1's or another head's, as copies of the last block begin, or is all zero; or a
     head whose norms are all exactly 1 and whose matrices have the deviation 0.02 of random ones. Values that are no
-    numbers are refused too.
+    numbers are refused too, and unembeddings of heads' own that are equal.
     """
     blocks = [dict(head.named_parameters()) for head in model.heads]
     for depth, block in enumerate(blocks[1:], 1):
@@ -32,6 +32,14 @@ def require_trained_heads(model: Model, where: str) -> None:
                     raise CheckpointError(f"{what}: {name} equals head {other + 1}'s: it was copied and never trained")
         if all(_initial(name, p) for name, p in block.items()):
             raise CheckpointError(f"{what}: all its tensors are as they were initialised: it was never trained")
+    matrices = model.unembeddings() if model.config.own_unembeddings else []
+    for depth, matrix in enumerate(matrices):
+        what = f"{where}: head {depth + 1}: its unembedding"
+        if not torch.isfinite(matrix).all():
+            raise CheckpointError(f"{what} holds values that are no numbers")
+        for other, earlier in enumerate(matrices[:depth]):
+            if torch.equal(matrix, earlier):
+                raise CheckpointError(f"{what} equals head {other + 1}'s: it was copied and never trained")
 
 
 def _same(p: Tensor, other: Tensor) -> bool:
