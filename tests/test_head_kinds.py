@@ -156,6 +156,16 @@ def test_drafts_among_a_part_of_the_vocabulary(kind: str) -> None:
         drafts_are_the_heads(CONFIDENT[kind], request, Sampling(0.7), 9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_unembeddings_of_their_own(kind: str, tmp_path: Path) -> None:
+    model = make(kind, vocab=260, dtype=torch.float32, unembedding="per_head")
+    save_checkpoint(tmp_path / "c", model, byte_tokenizer())
+    loaded, _ = load_checkpoint(tmp_path / "c", "float32")
+    assert loaded.config == model.config
+    for request in speculative_is_plain(loaded, PROMPTS, 3, Sampling(0.7), (16,), tolerance=1e-3):
+        drafts_are_the_heads(model, request, Sampling(0.7))
+
+
 @pytest.mark.parametrize("accept", ["keyed", "rejection"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sampling_law_is_the_targets(kind: str, accept: str) -> None:

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         kind: ("model.n_future=4", f"model.head_kind={kind}")
         for kind in ("parallel", "linear", "causal", "anticausal", "joint", "sequential", "deepseek")
     },
+    "replicated": ("model.n_future=4", "model.unembedding=per_head"),
     "added": ("model.n_future=4", "model.head_kind=parallel"),  # beside the blocks of `one`, not instead of some
 }
 STEPS = "steps.json"
@@ -187,12 +188,13 @@ EXPERIMENT = Experiment(
     intervals="Student's t intervals at 95 % over the seeds; differences are paired by seed.",
     notes="""\
 The shipped recipe `demo` at a fixed number of blocks, the heads' own included, so that all kinds have about the same
-parameters; "added" has its three further heads beside all of them. Each takes the steps that fit into the same minutes
-by steps timed alone. A source is a domain. BPE is a tokenizer trained on its training part. Held-out prompts are
-continued one at a time, plainly and with drafts in turn; a speedup is that of decoding behind the prompt, in PyTorch
-for all kinds, because compiled steps draft with two of them alone. Along text: a draft counts where it is head 1's own
-choice given the true text. Greedy text of a small model falls into loops, which any drafter predicts: read it with the
-share of distinct 8-grams. The paper's columns are other tasks at another size: they say how the kinds rank there.""",
+parameters; "added" has its three further heads beside all of them, "replicated" an unembedding per parallel head.
+Each takes the steps that fit into the same minutes by steps timed alone. A source is a domain. BPE is a tokenizer
+trained on its training part. Held-out prompts are continued one at a time, plainly and with drafts in turn; a speedup
+is that of decoding behind the prompt, in PyTorch for all kinds, because compiled steps draft with two of them alone.
+Along text: a draft counts where it is head 1's own choice given the true text. Greedy text of a small model falls
+into loops, which any drafter predicts: read it with the share of distinct 8-grams. The paper's columns are other
+tasks at another size: they say how the kinds rank there.""",
     prepare=prepare,
     measure=measure,
     arms=arms,
