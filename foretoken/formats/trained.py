@@ -37,8 +37,8 @@ def require_trained_heads(model: Model, where: str) -> None:
         what = f"{where}: head {depth + 1}: its unembedding"
         if not torch.isfinite(matrix).all():
             raise CheckpointError(f"{what} holds values that are no numbers")
-        for other, earlier in enumerate(matrices[:depth]):
-            if torch.equal(matrix, earlier):
+        for other, before in enumerate(matrices[:depth]):
+            if torch.equal(matrix, before):
                 raise CheckpointError(f"{what} equals head {other + 1}'s: it was copied and never trained")
 
 

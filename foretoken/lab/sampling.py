@@ -78,19 +78,22 @@ def summarise(found: Figures) -> Figures:
             best.setdefault(arm, {})[temperature] = max(means, key=lambda rule: means[rule])
             if float(temperature) > 0 and _law(rows).low * _law(rows).high > 0:
                 apart.append(f"{arm} at {temperature}")
-    said = "; ".join(
-        f"{arm}: " + ", ".join(f"{rule} at T = {temperature}" for temperature, rule in by.items() if float(temperature))
-        for arm, by in best.items()
-    )
+    said = "; ".join(f"{arm}: {_by_rule(by)}" for arm, by in best.items())
     tests = sum(float(t) > 0 for by in best.values() for t in by)
     return {
         "equal": equal,
         "apart": apart,
-        "verdict": f"Most tokens per step by {said}. Keyed and argmax drafts gave plain decoding's text "
+        "verdict": f"Most tokens per step: {said}. Keyed and argmax drafts gave plain decoding's text "
         f"{'everywhere' if equal else 'NOT everywhere'}. The text of rejection is told from plain text by its mean "
         f"log-probability in {len(apart)} of {tests} cases{' (' + ', '.join(apart) + ')' if apart else ''}; "
         f"{0.05 * tests:.1f} would be by chance.",
     }
+
+
+def _by_rule(best: dict[str, str]) -> str:
+    """The rules and the temperatures above 0 at which each is best."""
+    found = {rule: [t for t, of in best.items() if of == rule and float(t) > 0] for rule in RULES}
+    return ", ".join(f"{rule} at T = {', '.join(temperatures)}" for rule, temperatures in found.items() if temperatures)
 
 
 def _law(rows: list[Figures]) -> Any:
