@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tiny_model
 from small_runs import recipe
 from torch.distributed.tensor import DTensor
@@ -117,6 +118,7 @@ if __name__ == "__main__":
     try:
         if sys.argv[1] == "gradients":
             gradients(sys.argv[2], int(sys.argv[3]))
+            dist.barrier()  # leave together: a gloo process whose peer was gone has aborted once
         else:
             run(*sys.argv[2:6], sys.argv[6:])
     finally:
