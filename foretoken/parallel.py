@@ -7,6 +7,7 @@ parameter is a DTensor of the whole one's shape: `whole` gathers it, `like` take
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,14 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def leave_world() -> None:
-    """End what `join_world` began, if anything."""
+    """End what `join_world` began, if anything.
+
+    A thread of gloo's lets go of a collective's tensors after the collective, for which it needs the interpreter's
+    lock; one that asks for it when the interpreter is ending aborts the process. Nothing in torch waits for these
+    threads (a group lives on in DTensor's caches), so the lock is given up here for a time long beyond what they take.
+    """
     if dist.is_available() and dist.is_initialized():
+        threads = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if threads:
+            time.sleep(0.25)
