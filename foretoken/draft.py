@@ -21,6 +21,33 @@ Proposal = tuple[list[list[int]], Tensor | None]
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where the rows of a batch draft from, by the noise `keys`: behind the last of `new`, of each row what it commits
+    beyond its request's ids, nothing behind a prompt.
+
+    hidden (heads, B, T, D) and z (B, T, D): what the model's forward returned for the newest positions; `at` says for
+    each row at which of them its last token but one stands, whose head 1 picked its last.
+    """
+
+    requests: Sequence[Request]
+    new: list[list[int]]
+    at: Sequence[int]
+    hidden: Tensor
+    z: Tensor
+    keys: Keys
+
+    @property
+    def following(self) -> list[list[int]]:
+        """Of each row the tokens behind the newest positions up to `at`, which its last token ends."""
+        return [own or [*r.prompt[1:], *r.ids] for r, own in zip(self.requests, self.new, strict=True)]
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Each row's prompt and tokens."""
+        return [[*r.prompt, *r.ids, *own] for r, own in zip(self.requests, self.new, strict=True)]
+
+
+@dataclass(frozen=True)
 class Turn:
     """What a step gave. Of each row: the accepted nodes, node 0 first; the tokens that the target picks behind them
     (what follows means nothing) and their log-probabilities; the next drafts. And the noise these are verified with."""
@@ -39,9 +66,8 @@ class Drafter:
     proposed (B, K, V): the logits that the drafts on their way were drawn from, kept for acceptance by rejection.
     tree: the shape of the next drafts; None is a chain of K. draft_vocab: among how many first tokens these are; None
     is all. Tokens of a byte-pair encoding stand in the order of their merges, frequent ones first; of the unembedding
-    fewer rows are read. compiled: whether `turn` may run as one compiled call. heads_draft: whether the model's own
-    heads draft, which is then part of that call, but for heads with unembeddings of their own, which that call does not
-    know; other drafters are asked behind it and get no states.
+    fewer rows are read. heads_draft: whether the model's own heads draft; other drafters get no states from a compiled
+    step. compiled: whether such a step is one call with the drafts of the heads, if these share the unembedding.
     """
 
     heads = 1
@@ -75,30 +101,21 @@ class Drafter:
 
         hidden (heads, 1, T, D) and z (1, T, D): what the model's forward returned for its prompt.
         """
-        drafts, proposed = self.first(request, hidden, z, keys)
+        start = Start([request], [[]], [z.size(1) - 1], hidden, z, keys)
+        row = None if self.cache is None else self.cache.vacant()
+        drafts, proposed = self._drafts(start, row)
+        if self.cache is not None and row is not None:
+            self.cache.join(row)
         if keys.rejection and proposed is not None:
             self.proposed = proposed if self.proposed is None else torch.cat((self.proposed, proposed.float()))
         return drafts[0]
 
-    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
-        """The drafts of `join`, as `propose` gives them."""
-        return self.propose([request], [[]], [z.size(1) - 1], hidden, z, keys)
+    def _drafts(self, start: Start, cache: KVCache | None) -> Proposal:
+        return self.propose(start, cache) if self.drafts else ([[] for _ in start.requests], None)
 
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """Drafts (B, K) behind `new`, what each row commits beyond its request's ids, and the logits they come from.
-
-        hidden (heads, B, T, D) and z (B, T, D): what the model's forward returned for the newest positions; `at` says
-        for each row at which of them its last token but one stands, whose head 1 picked its last.
-        """
-        return [[] for _ in requests], None
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
+        """K > 0 drafts of each row, and the logits they come from; cache: these rows of the drafter's own, if any."""
+        raise NotImplementedError
 
     def stand(self, lengths: Sequence[int]) -> None:
         """Be behind so many positions of each row, whatever they hold: for measuring what a step costs."""
@@ -128,7 +145,7 @@ class Drafter:
         drafted = [row[1:] for row in tokens]
         change = changes(requests, lambda row: shape.before(drafted[row]))
         short = len(tokens[0]) + inside < MOST_TOKENS
-        known = self.compiled and not (inside and stepper.config.own_unembeddings)
+        known = not inside or (self.compiled and not stepper.config.own_unembeddings)
         if steps is not None and known and short and change is None:
             stepper.grow_tables(cache)
             own, ranks, among = (self.cache, self.ranks, self.draft_vocab) if inside else (None, 1, None)
@@ -144,7 +161,8 @@ class Drafter:
             picked, logprobs, paths, hidden, z = self._verify(tokens, cache, keys, change, tree)
             ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
         new = [own[: len(path)] for own, path in zip(picked, paths, strict=True)]
-        drafts, self.proposed = self.propose(requests, new, [len(path) - 1 for path in paths], hidden, z, ahead)
+        start = Start(requests, new, [len(path) - 1 for path in paths], hidden, z, ahead)
+        drafts, self.proposed = self._drafts(start, self.cache)
         return Turn(picked, logprobs, paths, drafts, ahead)
 
     def _verify(
@@ -178,23 +196,13 @@ class ParallelDrafter(Drafter):
         """Head 1 and those that draft."""
         return self.drafts + 1
 
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`."""
-        if not self.drafts:
-            return [[] for _ in requests], None
-        states = self.states(hidden, at)
-        if changes(requests, lambda row: ()) is None:
-            candidates, proposed = self.stepper.pick_drafts(states, keys, 0, None, self.ranks, self.draft_vocab, 1)
-            return self.placed(candidates.tolist()), proposed
-        return chained(self, lambda picks: states[:, len(picks) : len(picks) + 1], self.stepper, requests, new, keys)
+        states = self.states(start.hidden, start.at)
+        if changes(start.requests, lambda row: ()) is None:
+            candidates, law = self.stepper.pick_drafts(states, start.keys, 0, None, self.ranks, self.draft_vocab, 1)
+            return self.placed(candidates.tolist()), law
+        return chained(self, start, self.stepper, lambda picks: states[:, len(picks) : len(picks) + 1])
 
     def states(self, hidden: Tensor, at: Sequence[int]) -> Tensor:
         """What drafts are picked from (B, K, D): the heads' states (1 + K, B, T, D) at place at[row] of each row."""
@@ -221,44 +229,12 @@ class SequentialDrafter(Drafter):
         """See `Drafter`."""
         return self.room if self.drafts else 0
 
-    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`."""
-        row = self.cache.vacant()
-        if not self.drafts:
-            self.cache.join(row)
-            return [[]], None
-        following = [*request.prompt[1:], request.ids[-1]]
-        proposal = self._chain(row, [request], [following], [[]], [len(following) - 1], z, keys)
-        self.cache.join(row)
-        return proposal
-
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """See `Drafter`."""
-        if not self.drafts:
-            return [[] for _ in requests], None
-        return self._chain(self.cache, requests, new, new, at, z[:, : max(at) + 1], keys)
-
-    def _chain(
-        self,
-        cache: KVCache,
-        requests: Sequence[Request],
-        following: list[list[int]],
-        new: list[list[int]],
-        at: Sequence[int],
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """Drafts behind the tokens `following` (B, up to T), the block's next ones beside z (B, T, D)."""
-        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, following, strict=True)]
-        state = last_of(self.stepper.draft(padded(following, z.device), z, cache), at)
+        assert cache is not None
+        following, z = start.following, start.z[:, : max(start.at) + 1]
+        kept = [length + len(tokens) for length, tokens in zip(cache.lengths, following, strict=True)]
+        state = last_of(self.stepper.draft(padded(following, z.device), z, cache), start.at)
         cache.roll_back(kept)  # what was padding
 
         def states(picks: list[Tensor]) -> Tensor:
@@ -266,29 +242,24 @@ class SequentialDrafter(Drafter):
             state = self.stepper.draft(picks[-1], state, cache) if picks else state
             return state
 
-        proposal = chained(self, states, self.stepper, requests, new, keys)
+        proposal = chained(self, start, self.stepper, states)
         cache.roll_back(kept)
         return proposal
 
 
-def chained(
-    drafter: Drafter,
-    states: Callable[[list[Tensor]], Tensor],
-    stepper: Stepper,
-    requests: Sequence[Request],
-    new: Sequence[Sequence[int]],
-    keys: Keys,
-) -> Proposal:
+def chained(drafter: Drafter, start: Start, stepper: Stepper, states: Callable[[list[Tensor]], Tensor]) -> Proposal:
     """Drafts, one after the other, from the states (B, 1, D) that the first candidates (B, 1) before them give."""
     firsts: list[Tensor] = []
     candidates: list[Tensor] = []
     laws: list[Tensor] = []
     while len(firsts) < drafter.drafts:
         state = states(firsts)
-        before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in requests]
-        change = changes(requests, lambda row, before=before: [[*new[row], *before[row]]])  # type: ignore[misc]
+        before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in start.requests]
+        change = changes(start.requests, lambda row, before=before: [[*start.new[row], *before[row]]])  # type: ignore[misc]
         depth = len(firsts) + 1 if drafter.heads_draft else 0
-        found, law = stepper.pick_drafts(state, keys, len(firsts), change, drafter.ranks, drafter.draft_vocab, depth)
+        found, law = stepper.pick_drafts(
+            state, start.keys, len(firsts), change, drafter.ranks, drafter.draft_vocab, depth
+        )
         firsts.append(found[..., 0])
         candidates.append(found)
         laws.append(law)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretoken.cache import KVCache, Window
-from foretoken.draft import Drafter, ParallelDrafter, Proposal, chained, last_of, padded
+from foretoken.draft import Drafter, ParallelDrafter, Proposal, Start, chained, last_of, padded
 from foretoken.heads import DeepSeekHeads, JointBlock
 from foretoken.layers import Context, attention
 from foretoken.model import Stepper
@@ -20,10 +20,7 @@ from foretoken.sampling import Keys
 class StackedDrafter(ParallelDrafter):
     """Heads on top of each other: all of them ran with head 1."""
 
-    @property
-    def compiled(self) -> bool:  # type: ignore[override]
-        """See `Drafter`; plain decoding is the same of all kinds."""
-        return not self.drafts
+    compiled = False
 
 
 class LinearDrafter(StackedDrafter):
@@ -41,31 +38,20 @@ class LinearDrafter(StackedDrafter):
 class JointDrafter(StackedDrafter):
     """Parallel heads that ran with head 1; drafts are drawn left to right, each told of the one before it."""
 
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`."""
-        if not self.drafts:
-            return [[] for _ in requests], None
-        states, model = self.states(hidden, at), self.stepper.model
-        last = [(own or request.ids)[-1] for request, own in zip(requests, new, strict=True)]
-        before = torch.tensor(last, device=model.device)[:, None]
+        states, model = self.states(start.hidden, start.at), self.stepper.model
+        last = torch.tensor([tokens[-1:] for tokens in start.following], device=model.device)
 
         def told(picks: list[Tensor]) -> Tensor:
             depth = len(picks) + 1
             block = model.heads[depth]
             assert isinstance(block, JointBlock)
-            mapped = block.before(F.embedding(picks[-1] if picks else before, model.embed_tokens.weight))
+            mapped = block.before(F.embedding(picks[-1] if picks else last, model.embed_tokens.weight))
             added: Tensor = mapped.to(states.dtype)
             return states[:, depth - 1 : depth] + added
 
-        return chained(self, told, self.stepper, requests, new, keys)
+        return chained(self, start, self.stepper, told)
 
 
 class DeepSeekDrafter(Drafter):
@@ -75,6 +61,7 @@ class DeepSeekDrafter(Drafter):
     So a step runs all depths again over the last n - 2 positions, from head 1's states there, which are kept.
     """
 
+    compiled = False
     cache: KVCache
 
     def __init__(self, stepper: Stepper, drafts: int, rows: int, capacity: int) -> None:
@@ -83,34 +70,12 @@ class DeepSeekDrafter(Drafter):
         self.cache.select([])
         self.kept: list[Tensor] = []  # of each row head 1's states (up to n - 2, D)
 
-    @property
-    def compiled(self) -> bool:  # type: ignore[override]
+    def join(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> list[int]:
         """See `Drafter`."""
-        return not self.drafts
-
-    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
-        """See `Drafter`."""
-        row, held, width = self.cache.vacant(), self.kept, hidden.size(-1)
-        self.kept = [hidden.new_empty(0, width)]
-        last = hidden.size(2) - 1
-        proposal = self._run(row, [request], [[]], [last], hidden[0], keys) if self.drafts else ([[]], None)
-        self.cache.join(row)
+        held, self.kept = self.kept, [hidden.new_empty(0, hidden.size(-1))]
+        drafts = super().join(request, hidden, z, keys)
         self.kept = held + self.kept
-        return proposal
-
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """See `Drafter`."""
-        if not self.drafts:
-            return [[] for _ in requests], None
-        return self._run(self.cache, requests, new, at, hidden[0], keys)
+        return drafts
 
     def stand(self, lengths: Sequence[int]) -> None:
         """See `Drafter`."""
@@ -125,19 +90,12 @@ class DeepSeekDrafter(Drafter):
         self.kept = [self.kept[row] for row in rows]
 
     @torch.inference_mode()
-    def _run(
-        self,
-        cache: KVCache,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """Drafts behind `new`; head 1's states hidden (B, T, D) of the newest positions are true up to `at`."""
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
+        """See `Drafter`."""
+        assert cache is not None
+        hidden, texts = start.hidden[0], start.texts
         device = hidden.device
-        texts = [[*r.prompt, *r.ids, *own] for r, own in zip(requests, new, strict=True)]
-        whole = [torch.cat((old, row[: last + 1])) for old, row, last in zip(self.kept, hidden, at, strict=True)]
+        whole = [torch.cat((old, row[: last + 1])) for old, row, last in zip(self.kept, hidden, start.at, strict=True)]
         self.kept = [row[max(0, len(row) - self.stepper.config.n_future + 2) :] for row in whole]
         cache.lengths = [len(text) - 1 for text in texts]  # the last token has been through no position yet
         ends, count = torch.tensor(cache.lengths, device=device)[:, None], max(map(len, whole))
@@ -155,7 +113,7 @@ class DeepSeekDrafter(Drafter):
             states = self._depth(len(picks) + 1, text, states, positions, window)
             return states[:, -1:]
 
-        return chained(self, state, self.stepper, requests, new, keys)
+        return chained(self, start, self.stepper, state)
 
     def _depth(self, depth: int, text: Tensor, states: Tensor, positions: Tensor, window: Window) -> Tensor:
         """States (B, W, D) of a depth at `positions` (B, W), from those of the depth before and the text (B, any)."""

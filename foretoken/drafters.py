@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foretoken.cache import KVCache
-from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Turn, chained, last_of, padded
+from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafter, Start, Turn, chained, last_of, padded
 from foretoken.draft_heads import DeepSeekDrafter, JointDrafter, LinearDrafter, StackedDrafter
 from foretoken.errors import ConfigError
 from foretoken.model import Model, Stepper
@@ -48,45 +48,19 @@ class ModelDrafter(Drafter):
         self.cache = other.new_cache(rows, capacity, 1)
         self.cache.select([])
 
-    def first(self, request: Request, hidden: Tensor, z: Tensor, keys: Keys) -> Proposal:
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`."""
-        row = self.cache.vacant()
-        proposal = self._chain(row, [request], [[*request.prompt, *request.ids]], [[]], keys)
-        self.cache.join(row)
-        return proposal
-
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
-        """See `Drafter`."""
-        return self._chain(self.cache, requests, new, new, keys)
-
-    def _chain(
-        self,
-        cache: KVCache,
-        requests: Sequence[Request],
-        read: list[list[int]],
-        new: list[list[int]],
-        keys: Keys,
-    ) -> Proposal:
-        """Drafts behind the tokens `read` (B, any), which this model has not seen yet."""
-        kept = [start + len(tokens) for start, tokens in zip(cache.lengths, read, strict=True)]
-        hidden, _ = self.other.forward(padded(read, self.other.model.device), cache, 1)
+        assert cache is not None
+        unread = [own or text for own, text in zip(start.new, start.texts, strict=True)]
+        kept = [length + len(tokens) for length, tokens in zip(cache.lengths, unread, strict=True)]
+        hidden, _ = self.other.forward(padded(unread, self.other.model.device), cache, 1)
         cache.roll_back(kept)  # what was padding
-        if not self.drafts:
-            return [[] for _ in requests], None
-        state = last_of(hidden[0], [len(tokens) - 1 for tokens in read])
+        state = last_of(hidden[0], [len(tokens) - 1 for tokens in unread])
 
         def states(picks: list[Tensor]) -> Tensor:
             return self.other.forward(picks[-1], cache, 1)[0][0] if picks else state
 
-        proposal = chained(self, states, self.other, requests, new, keys)
+        proposal = chained(self, start, self.other, states)
         cache.roll_back(kept)
         return proposal
 
@@ -100,20 +74,9 @@ class LookupDrafter(Drafter):
         super().__init__(stepper, drafts)
         self.longest = longest
 
-    def propose(
-        self,
-        requests: Sequence[Request],
-        new: list[list[int]],
-        at: Sequence[int],
-        hidden: Tensor,
-        z: Tensor,
-        keys: Keys,
-    ) -> Proposal:
+    def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`. A row has as many drafts as follow its match, maybe none."""
-        if not self.drafts:
-            return [[] for _ in requests], None
-        texts = ([*request.prompt, *request.ids, *tokens] for request, tokens in zip(requests, new, strict=True))
-        return [looked_up(text, self.longest, self.drafts) for text in texts], None
+        return [looked_up(text, self.longest, self.drafts) for text in start.texts], None
 
     def turn(
         self,

@@ -6,6 +6,7 @@ The checks are those of invariants.py, which the other tests call on the real co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from foretoken import draft as drafting
 from foretoken import loss, sampling
 from foretoken import model as stepping
 from foretoken.cache import KVCache
+from foretoken.draft import Start
 from foretoken.model import Model, Stepper
 from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree
@@ -307,8 +309,8 @@ def accepts_any_likely_draft(patch: Patch) -> None:
 def drafts_of_another_row(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, new: Any, at: Sequence[int], hidden: Tensor, *rest: Any) -> Any:
-        return real(drafter, requests, new, at, hidden.roll(1, 1), *rest)
+    def propose(drafter: Any, start: Start, cache: Any) -> Any:
+        return real(drafter, replace(start, hidden=start.hidden.roll(1, 1)), cache)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)
 
@@ -316,8 +318,8 @@ def drafts_of_another_row(patch: Patch) -> None:
 def drafts_from_the_first_position(patch: Patch) -> None:
     real = drafting.ParallelDrafter.propose
 
-    def propose(drafter: Any, requests: Any, new: Any, at: Sequence[int], *rest: Any) -> Any:
-        return real(drafter, requests, new, [0] * len(at), *rest)
+    def propose(drafter: Any, start: Start, cache: Any) -> Any:
+        return real(drafter, replace(start, at=[0] * len(start.at)), cache)
 
     patch.setattr(drafting.ParallelDrafter, "propose", propose)
 
