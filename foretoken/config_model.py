@@ -94,6 +94,11 @@ class ModelConfig(Section):
         return self.head_kind == "sequential" and self.n_future > 1
 
     @property
+    def portable(self) -> bool:
+        """Whether other programs have a form for these heads; the others are foretoken's alone."""
+        return self.head_kind in ("parallel", "sequential")
+
+    @property
     def trunk_blocks(self) -> int:
         """Blocks in front of the heads."""
         return self.num_hidden_layers - (self.n_future if self.head_kind == "anticausal" else 1)

@@ -27,7 +27,7 @@ from foretoken.config import DataConfig
 from foretoken.errors import DataError
 from foretoken.files import digests
 from foretoken.framing import framed
-from foretoken.sources import Document, Split, documents, source_files, split_documents
+from foretoken.sources import Document, Split, documents, require_records, source_files, split_documents
 from foretoken.tokenizer import Tokenizer
 
 __all__ = ["Document", "Split", "Tokens", "documents", "prepare", "split_documents"]
@@ -108,8 +108,11 @@ def prepare(
     Both splits are written in one pass that holds one chunk of documents in memory; `progress` hears how many tokens
     there are so far. A changed source, option or tokenizer makes a new cache folder; `hf:` data is taken as unchanged.
     A folder that is not as its meta.json says is made anew; `verify` reads all files for their digests, and finds every
-    bit that differs. Raises DataError for an empty split.
+    bit that differs. Raises DataError for an empty split, and ConfigError where fields of prompts, responses or
+    conversations are named and all the sources hold is text.
     """
+    told = {name: getattr(config, name) for name in ("messages_field", "prompt_field", "response_field")}
+    require_records(config, {f"data.{name}": value for name, value in told.items() if value is not None})
     if config.messages_field is not None:
         chat_template(tokenizer)  # fails at once
     root = _cache_root(config)

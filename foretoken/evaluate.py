@@ -28,7 +28,7 @@ from foretoken.errors import ConfigError, DataError
 from foretoken.framing import scored
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
-from foretoken.sources import Document, hold_records, split_documents
+from foretoken.sources import Document, require_records, split_documents
 from foretoken.sources import documents as read_documents
 from foretoken.tokenizer import Tokenizer
 
@@ -110,9 +110,7 @@ def evaluation_documents(
         config = validated(DataConfig, {"source": list(sources), **(fields or {})}, "options")
     else:
         raise DataError(f"{checkpoint}: does not record what it was trained on; name the data to evaluate on")
-    if fields and not hold_records(read := (*config.source, *config.validation)):
-        rule = f"{' '.join(read)} holds text alone, which has no fields; leave that out, or name records to evaluate on"
-        raise ConfigError(f"{' and '.join(f'{name} = {value}' for name, value in fields.items())}: {rule}")
+    require_records(config, fields or {})
     if split in (None, "all"):
         yield from read_documents(config, config.source)
     else:

@@ -7,6 +7,7 @@ parameter is a DTensor of the whole one's shape: `whole` gathers it, `like` take
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def leave_world() -> None:
-    """End what `join_world` began, if anything.
+    """End what `join_world` began, if anything; at once where an error is on its way, which must be told before
+    the launcher ends this process for another's.
 
     A thread of gloo's lets go of a collective's tensors after the collective, for which it needs the interpreter's
     lock; one that asks for it when the interpreter is ending aborts the process. Nothing in torch waits for these
@@ -140,5 +142,5 @@ def leave_world() -> None:
     if dist.is_available() and dist.is_initialized():
         threads = dist.get_backend() == "gloo"
         dist.destroy_process_group()
-        if threads:
+        if threads and sys.exc_info()[0] is None:
             time.sleep(0.25)

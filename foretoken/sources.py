@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from foretoken.chat import each_text
 from foretoken.config import DataConfig
-from foretoken.errors import DataError
+from foretoken.errors import ConfigError, DataError
 from foretoken.tokenizer import utf8
 
 Split = Literal["train", "validation"]
@@ -76,12 +76,16 @@ def documents(config: DataConfig, sources: Sequence[str]) -> Iterator[Document]:
             yield from found
 
 
-def hold_records(sources: Sequence[str]) -> bool:
-    """Whether any of the sources' documents are records, which have fields. Raises DataError for one without files."""
-    return any(
+def require_records(config: DataConfig, fields: Mapping[str, str]) -> None:
+    """Raise ConfigError where the configuration names fields of records, and all its sources hold is text files."""
+    sources = (*config.source, *config.validation)
+    if fields and not any(
         source.startswith("hf:") or any(path.name.lower().endswith(RECORD_SUFFIXES) for path in source_files(source))
         for source in sources
-    )
+    ):
+        given = " and ".join(f"{name} = {value}" for name, value in fields.items())
+        rule = "text alone, which has no fields; leave that out, or name records"
+        raise ConfigError(f"{given}: {' '.join(sources)} holds {rule}")
 
 
 def source_files(source: str) -> list[Path]:

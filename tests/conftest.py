@@ -13,9 +13,11 @@ from small_runs import write_corpus
 from trained_models import KINDS, Trained, exported
 
 from foretoken import decode as decoding
+from foretoken.cache import KVCache
+from foretoken.checkpoint import save_checkpoint
 from foretoken.config import ModelConfig
 from foretoken.decode import decode
-from foretoken.draft import Drafter, Proposal
+from foretoken.draft import Drafter, Proposal, Start
 from foretoken.drafters import Source
 from foretoken.model import Model, Stepper
 from foretoken.request import Request
@@ -102,12 +104,9 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
             def __init__(self, stepper: Stepper, drafts: int, *_: object) -> None:
                 super().__init__(stepper, drafts)
 
-            def join(self, request: Request, *rest: object) -> list[int]:
-                return self.propose([request], [[]])[0][0]
-
-            def propose(self, requests: Sequence[Request], new: list[list[int]], *rest: object) -> Proposal:
+            def propose(self, start: Start, cache: KVCache | None) -> Proposal:
                 rows = []
-                for request, tokens in zip(requests, new, strict=True):
+                for request, tokens in zip(start.requests, start.new, strict=True):
                     at = len(request.ids) + len(tokens)
                     coming = [*plain[tuple(request.prompt)][at : at + self.drafts], *[0] * self.drafts][: self.drafts]
                     rows.append([token if k < right else (token + 1) % vocab for k, token in enumerate(coming)])
@@ -122,6 +121,13 @@ def oracle_drafter(monkeypatch: pytest.MonkeyPatch) -> Oracle:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small files in `text` and a place for their tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without heads, three blocks deep."""
+    model = tiny_model(n_future=1, layers=3, vocab=260, dtype=torch.float32, peaked=False)
+    return save_checkpoint(tmp_path_factory.mktemp("plain") / "model", model, byte_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,13 @@ def recipe(corpus: Path, *more: str) -> Recipe:
     return load_recipe("tiny", overrides(corpus, *more))
 
 
+def retrofitted(plain: Path, corpus: Path, *more: str) -> Recipe:
+    """Three steps of the recipe `retrofit` on the checkpoint `plain`."""
+    common = [text for text in overrides(corpus) if not text.startswith("train.seq_len")]
+    steps = ("train.steps=3", "train.batch_size=4", "train.save_every=2", "train.seq_len=32", "optim.warmup_steps=0")
+    return load_recipe("retrofit", (f"model.start_from={plain}", *common, *steps, *more))
+
+
 def finish(wanted: Recipe, run: Path) -> TrainResult:
     """Begin the run, or go on with what an earlier process left in its folder."""
     begun = newest_step(run) is not None or (run / "metrics.jsonl").exists()

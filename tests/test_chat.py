@@ -23,7 +23,7 @@ from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.completion import generate
 from foretoken.config import DataConfig
 from foretoken.data import prepare
-from foretoken.errors import DataError
+from foretoken.errors import ConfigError, DataError
 from foretoken.evaluate import agreements, evaluate, evaluation_documents, walk
 from foretoken.loss import targets
 from foretoken.recipe import load_recipe
@@ -244,6 +244,9 @@ def test_what_cannot_be_rendered_is_named_with_its_line(tmp_path: Path) -> None:
         prepare(settings_, byte_tokenizer(), "train")
     with pytest.raises(ValueError, match="messages_field and prompt_field both say"):
         config(tmp_path, tmp_path, prompt_field="a", response_field="b")
+    (tmp_path / "a.txt").write_text("no conversation")
+    with pytest.raises(ConfigError, match=r"data\.messages_field = messages: .*a\.txt holds text alone"):
+        prepare(config(tmp_path, tmp_path / "a.txt"), STYLES["chatml"].tokenizer, "train")
 
 
 def test_replaced_surrogates(tmp_path: Path) -> None:

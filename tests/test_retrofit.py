@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run as decoded
 from conftest import tiny_model
-from small_runs import overrides, recipe, same_weights, weights
+from small_runs import recipe, retrofitted, same_weights, weights
 from torch import Tensor
 
 from foretoken import optim, retrofit
@@ -21,7 +21,6 @@ from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import ConfigError, TrainingError
 from foretoken.loss import IGNORE, scales, targets, valid_counts
 from foretoken.model import Model
-from foretoken.recipe import load_recipe
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.train import train
 
@@ -124,19 +123,6 @@ def test_the_unembedding_learns_only_where_it_may() -> None:
 
 
 # Retrofit
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without heads, three blocks deep."""
-    model = tiny_model(n_future=1, layers=3, vocab=260, dtype=torch.float32, peaked=False)
-    return save_checkpoint(tmp_path_factory.mktemp("plain") / "model", model, byte_tokenizer())
-
-
-def retrofitted(plain: Path, corpus: Path, *more: str) -> Any:
-    common = [text for text in overrides(corpus) if not text.startswith("train.seq_len")]
-    steps = ("train.steps=3", "train.batch_size=4", "train.save_every=2", "train.seq_len=32", "optim.warmup_steps=0")
-    return load_recipe("retrofit", (f"model.start_from={plain}", *common, *steps, *more))
 
 
 def test_at_first_every_head_is_head_1(plain: Path, corpus: Path) -> None:

@@ -26,7 +26,7 @@ from invariants import (
 )
 from llama_cpp import LlamaCpp, has_llama_cpp
 from safetensors.torch import load_file, save_file
-from small_runs import finish, overrides, recipe, same_weights, weights
+from small_runs import finish, recipe, retrofitted, same_weights, weights
 from test_graphs import decoded, eager, same_steps, with_graphs
 from test_loss import BATCHES
 from test_retrofit import by_loops, problem
@@ -230,9 +230,11 @@ def test_drafting_with_another_matrix_is_caught(kind: str, monkeypatch: pytest.M
 
 # Training
 
+PER_HEAD = "model.unembedding=per_head"
+
 
 def steps(*more: str) -> tuple[str, ...]:
-    return ("model.unembedding=per_head", "train.steps=4", "train.batch_size=4", "train.save_every=2", *more)
+    return (PER_HEAD, "train.steps=4", "train.batch_size=4", "train.save_every=2", *more)
 
 
 @pytest.mark.parametrize(
@@ -282,24 +284,10 @@ def test_the_two_ways_of_training_give_the_same(corpus: Path, tmp_path: Path) ->
         torch.testing.assert_close(tensor, weights(tmp_path / "sequential")[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(n_future=1, layers=3, vocab=260, dtype=torch.float32, peaked=False)
-    return save_checkpoint(tmp_path_factory.mktemp("plain") / "model", model, byte_tokenizer())
-
-
-def retrofitted(plain: Path, corpus: Path, *more: str) -> Any:
-    common = [text for text in overrides(corpus) if not text.startswith("train.seq_len")]
-    return load_recipe(
-        "retrofit",
-        (f"model.start_from={plain}", *common, *steps("train.seq_len=32", "optim.warmup_steps=0", *more)),
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_begin_as_copies_on_a_model_that_exists(kind: str, plain: Path, corpus: Path, tmp_path: Path) -> None:
     """Frozen, it stays as it is, and all that is its heads' learns."""
-    wanted = retrofitted(plain, corpus, f"model.head_kind={kind}", "loss.acceptance=0.3")
+    wanted = retrofitted(plain, corpus, PER_HEAD, f"model.head_kind={kind}", "loss.acceptance=0.3")
     config, _ = retrofit.starting_config(wanted.model, 32)
     model = retrofit.starting_model(wanted.model, config, 0)
     assert all(torch.equal(matrix, model.lm_head.weight) for matrix in model.unembeddings())
@@ -307,12 +295,13 @@ def test_they_begin_as_copies_on_a_model_that_exists(kind: str, plain: Path, cor
     before, after = weights(plain), weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(not torch.equal(after[f"own_unembeddings.{d}.weight"], before["lm_head.weight"]) for d in range(3))
-    again = retrofit.starting_model(retrofitted(tmp_path / "run", corpus, f"model.head_kind={kind}").model, config, 0)
+    further = retrofitted(tmp_path / "run", corpus, PER_HEAD, f"model.head_kind={kind}")
+    again = retrofit.starting_model(further.model, config, 0)
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.named_parameters())
 
 
 def test_one_that_has_not_learned_is_an_error(plain: Path, corpus: Path, tmp_path: Path) -> None:
-    wanted = retrofitted(plain, corpus)
+    wanted = retrofitted(plain, corpus, PER_HEAD)
     config, _ = retrofit.starting_config(wanted.model, 32)
     model = retrofit.starting_model(wanted.model, config, 0)
     with torch.no_grad():
@@ -325,7 +314,9 @@ def test_one_that_has_not_learned_is_an_error(plain: Path, corpus: Path, tmp_pat
 
 def test_beside_adapters_they_are_read_back(plain: Path, corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    wanted = retrofitted(plain, corpus, "model.frozen=false", "model.lora_rank=4", "train.log_every=1")
+    wanted = retrofitted(
+        plain, corpus, PER_HEAD, "model.frozen=false", "model.lora_rank=4", "train.log_every=1", "train.steps=4"
+    )
 
     def stop(record: dict[str, Any]) -> None:
         if record["kind"] == "train" and record["step"] == 3:

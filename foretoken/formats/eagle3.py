@@ -56,7 +56,7 @@ def require_drafter(config: ModelConfig, where: str) -> None:
     """
     if config.n_future == 1:
         raise CheckpointError(f"{where}: has one head, so there is nothing to draft with")
-    if config.head_kind not in ("parallel", "sequential"):
+    if not config.portable:
         raise CheckpointError(f"{where}: {config.head_kind} heads are for foretoken alone; no engine drafts with them")
     if not config.sequential and (config.qkv_bias or config.qk_norm):
         raise CheckpointError(f"{where}: parallel heads of a {config.architecture} model do not fit an EAGLE-3 layer")

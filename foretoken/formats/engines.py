@@ -68,8 +68,8 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     # an EAGLE-3 drafter has one unembedding, be it the model's or head 2's
     stock, drafts = (every, most) if config.goes_on else ("head 2", 1)
     yield Use("foretoken", every, most, (f'foretoken generate {ckpt} "..."',), "make test")
-    if config.head_kind not in ("parallel", "sequential"):
-        return  # foretoken's alone
+    if not config.portable:
+        return
     out = Path(f"{folder}-hf")
     export = f"foretoken export hf {ckpt} {shlex.quote(str(out))}"
     yield Use("transformers", every, most, (export, *hf_commands(out).values()), "make test")

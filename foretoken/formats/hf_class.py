@@ -30,7 +30,7 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Path:
     config = model.config
     if config.n_future == 1:
         raise CheckpointError(f"{folder}: has one head, so there is nothing to draft with; transformers loads it as is")
-    if config.head_kind not in ("parallel", "sequential"):
+    if not config.portable:
         raise CheckpointError(f"{folder}: the class drafts with parallel and sequential heads, not {config.head_kind}")
     require_trained_heads(model, str(folder))
     values = read_json(folder / "config.json")
