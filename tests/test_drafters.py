@@ -15,6 +15,7 @@ from test_decode import PROMPTS
 from foretoken import decode as decoding
 from foretoken.completion import generate, stream
 from foretoken.decode import decode
+from foretoken.draft import Drafter, Proposal, Start
 from foretoken.drafters import Lookup, LookupDrafter, ModelDrafter, Source, looked_up, step_pace
 from foretoken.errors import ConfigError
 from foretoken.model import Model
@@ -179,9 +180,11 @@ def test_wrong_drafts_change_nothing(drafter: type, monkeypatch: pytest.MonkeyPa
     model = small(dtype=torch.float32)
     source: Source = Lookup() if drafter is LookupDrafter else small(dtype=torch.float32, seed=3)
     plain = decoded(model, None, 0, Sampling(1.0))
-    monkeypatch.setattr(
-        drafter, "propose", lambda own, requests, *_: ([[(len(r.ids) * 7) % 17] * own.drafts for r in requests], None)
-    )
+
+    def propose(own: Drafter, start: Start, cache: object) -> Proposal:
+        return [[(len(request.ids) * 7) % 17] * own.drafts for request in start.requests], None
+
+    monkeypatch.setattr(drafter, "propose", propose)
     for a, b in zip(decoded(model, source, 3, Sampling(1.0)), plain, strict=True):
         same_output(a, b, 0.0)
 
