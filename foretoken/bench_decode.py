@@ -121,7 +121,7 @@ def bench(
                 "context": round(statistics.mean(map(len, work.prompts))),
                 "decoder": label,
                 "drafts": k,
-                **_figures(timings, plain, meaningful or not k),
+                **_figures(timings, plain, work.batch, meaningful or not k),
             }
             if "rejection" in label:  # another sample of the same law
                 row["differing"] = row["margin"] = None
@@ -132,7 +132,7 @@ def bench(
     return rows
 
 
-def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: bool) -> dict[str, Any]:
+def _figures(timings: Sequence[Timing], plain: Sequence[Timing], batch: int, meaningful: bool) -> dict[str, Any]:
     """Medians over the rounds, and ratios to plain decoding in the same rounds."""
     each = [1e3 * t.seconds / t.steps for t in timings]
     cost = [(t.seconds / t.steps) / (p.seconds / p.steps) for t, p in zip(timings, plain, strict=True)]
@@ -152,7 +152,7 @@ def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: boo
     }
     if meaningful:
         result["tokens_per_step"] = (
-            sum(s.committed for s in taken) / len(taken) if taken else timings[0].tokens / timings[0].steps
+            sum(s.committed for s in taken) / len(taken) if taken else timings[0].tokens / timings[0].steps / batch
         )
         result["ms_per_token"] = statistics.median(1e3 * t.seconds / t.tokens for t in timings)
         result["speedup"] = statistics.median(speedup)
@@ -217,7 +217,7 @@ def bench_checkpoint(
         room = model.config.max_position_embeddings - tokens
         ids = [tokenizer.encode(text, add_special_tokens=True)[-room:] for text in chosen]
         for temperature in temperatures:
-            works += [Workload(source or "held out", ids, batch, tokens, temperature) for batch in batches]
+            works += [Workload(Path(source).name or "held out", ids, batch, tokens, temperature) for batch in batches]
     drafts = range(1, model.config.n_future + (1 if model.config.goes_on else 0))
     with tempfile.TemporaryDirectory() as temporary:
         copy = save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer)  # without heads renamed, in this type

@@ -85,7 +85,7 @@ class LossConfig(Section):
     "reverse" begins with all and ends with head 1. offsets: which future tokens the one state of a model with n_future
     = 1 is scored against, with the same logits and no parameters more: [1, 2, 3], or one other token than the next,
     [4]; a weight each. head_gradients: the parts shared with head 1 that the losses of heads 2..n train: the trunk, the
-    embedding where a sequential head reads it, the unembedding with its norm.
+    embedding where heads read it themselves, the unembedding with its norm.
 
     Heads 2..n learn from the data's tokens (data), and from head 1's distribution p of the same token, where that is in
     the window: soft is cross-entropy with p (its soft_top_k likeliest tokens), total_variation TV(p, q), acceptance

@@ -142,7 +142,8 @@ class ModelRecipe(Section):
     """[model]: the shape. Give exactly one of `num_hidden_layers` and `total_blocks`.
 
     start_from: a checkpoint, of any program, whose shape, weights and tokenizer the run begins with; of its heads the
-    first n_future. Further ones begin as copies of its last block. frozen: its next-token path stays as it is.
+    first n_future, of its kind where nothing else is said. Further ones begin as copies of its last block.
+    frozen: its next-token path stays as it is.
     unembedding: one matrix for all heads, or for heads 2..n one each beside it (replicated unembedding).
     lora_rank: of its next-token path adapters of this rank learn alone, beside the lora_target_modules of its blocks,
     scaled by lora_alpha / lora_rank.
@@ -187,9 +188,9 @@ class ModelRecipe(Section):
         own = self.model_fields_set - {*_OF_THE_RUN, "n_future", "head_kind", "shared_block", "unembedding"}
         if self.start_from is not None and own:
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
-        given = self.start_from is not None or self.head_init == "last_block"
-        if given and self.head_kind == "anticausal" and self.n_future > 1:
-            raise ValueError("anticausal heads are blocks of the next-token path: none is added, or begins as its copy")
+        apart = self.frozen or self.lora_rank is not None or self.head_init == "last_block"
+        if apart and self.head_kind == "anticausal" and self.n_future > 1:
+            raise ValueError("anticausal heads are blocks of the next-token path: none is a copy, or learns alone")
         if self.frozen and (self.start_from is None or self.n_future == 1):
             raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
         if self.lora_rank is not None and (self.start_from is None or self.frozen):

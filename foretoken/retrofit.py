@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from foretoken.checkpoint import find_checkpoint, load_adapters, load_model, read_config
-from foretoken.config import ModelConfig, ModelRecipe, validated
+from foretoken.config import ModelConfig, ModelRecipe, Recipe, validated
 from foretoken.errors import CheckpointError, ConfigError, TrainingError
 from foretoken.formats import hf
 from foretoken.lora import add_adapters, merged
@@ -15,6 +15,24 @@ from foretoken.model import Model
 from foretoken.parallel import whole
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
+
+HEADS = ("head_kind", "shared_block", "unembedding")  # keys of [model] that say what heads 2..n are
+
+
+def with_its_heads(recipe: Recipe) -> Recipe:
+    """The recipe with heads as the checkpoint has them that it starts from, where that has some and it names no others.
+
+    Raises ConfigError where such heads cannot do what the recipe asks.
+    """
+    model = recipe.model
+    if model.start_from is None:
+        return recipe
+    old, said = read_config(find_checkpoint(model.start_from)), model.model_fields_set
+    if old.n_future == 1 or ("head_kind" in said and model.head_kind != old.head_kind):
+        return recipe
+    values = recipe.model_dump(exclude_unset=True)
+    values["model"] |= {key: getattr(old, key) for key in HEADS if key not in said}
+    return validated(Recipe, values, f"recipe with the heads of {model.start_from}")
 
 
 def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tokenizer]:
@@ -26,8 +44,10 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
         raise ConfigError(
             f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"
         )
-    fields = config.model_dump() | recipe.model_dump(include={"n_future", "head_kind", "shared_block", "unembedding"})
-    return validated(ModelConfig, fields, "model"), tokenizer
+    wanted = validated(ModelConfig, config.model_dump() | recipe.model_dump(include={"n_future", *HEADS}), "model")
+    if wanted.head_kind == "anticausal" and wanted.n_future > 1 and config != wanted:
+        raise ConfigError(f"{folder}: anticausal heads are blocks of the next-token path: none is added to a model")
+    return wanted, tokenizer
 
 
 def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:

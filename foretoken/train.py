@@ -65,6 +65,7 @@ def train(
     """
     run, config = Path(out), recipe.train
     check_folder(run, resume)
+    recipe = retrofit.with_its_heads(recipe)
     world = _join(recipe)
     report = report if world.first else lambda record: None
     model_config, tokenizer = _shape(recipe)

@@ -133,7 +133,7 @@ def test_records_that_are_prompts(run: Run, checkpoint: Path, tmp_path: Path, sm
     options = ["--data", data, "--prompt-field", "turns", "--tokens", 6, "--prompts", 2, "--rounds", 1, "--no-peers"]
     rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--json").json["rows"]
     assert {row["context"] for row in rows} == {1 + len("Question 0?\n\nAnd then?")}
-    assert {row["domain"] for row in rows} == {str(data)}
+    assert {row["domain"] for row in rows} == {"questions.jsonl"}
     rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--prompts", 10, "--json").json["rows"]
     assert {row["context"] for row in rows} == {round((9 * 23 + 250) / 10)}
     wrong = run("bench", "decode", checkpoint, *options, "--prompt-field", "text")

@@ -23,13 +23,13 @@ from invariants import (
     speculative_is_plain,
 )
 from safetensors.torch import load_file, save_file
-from small_runs import finish, recipe
+from small_runs import finish, recipe, retrofitted
 from test_decode import PROMPTS, SAMPLINGS
 from test_model import BACK, SELECT, WRITE
 from test_sequential import fast_total, gradients, labelled
 from transformers import AutoModelForCausalLM
 
-from foretoken.checkpoint import load_checkpoint, save_checkpoint
+from foretoken.checkpoint import load_checkpoint, load_model, save_checkpoint
 from foretoken.config import ModelRecipe
 from foretoken.decode import decode
 from foretoken.errors import CheckpointError, ConfigError
@@ -40,9 +40,10 @@ from foretoken.formats.hf_class import export_hf
 from foretoken.heads import DeepSeekHeads, JointBlock
 from foretoken.model import ALL_SHARED, Model
 from foretoken.request import Request
-from foretoken.retrofit import starting_config, starting_model
+from foretoken.retrofit import starting_config, starting_model, with_its_heads
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
+from foretoken.train import train
 
 KINDS = ("linear", "causal", "anticausal", "joint", "deepseek", "deepseek-shared")
 
@@ -266,6 +267,33 @@ def test_a_checkpoint_gets_heads_of_another_kind(old: str, new: str, tmp_path: P
         close(ours[i], theirs[i], f"head {i + 1}", 0)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "sequential"])
+@pytest.mark.parametrize("unembedding", ["shared", "per_head"])
+def test_heads_that_exist_go_on(kind: str, unembedding: str, corpus: Path, tmp_path: Path) -> None:
+    """A run from a checkpoint has its heads, where nobody says otherwise, and changes nothing before its first step."""
+    model = make(kind, vocab=260, dtype=torch.float32, unembedding=unembedding, max_position_embeddings=64)
+    save_checkpoint(tmp_path / "c", model, byte_tokenizer())
+    said = retrofitted(tmp_path / "c", corpus, f"model.n_future={model.config.n_future}", "model.frozen=false")
+    asked = with_its_heads(said)
+    config, _ = starting_config(asked.model, 32)
+    assert config == model.config
+    for name, tensor in starting_model(asked.model, config, 0).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    train(said, tmp_path / "run")
+    assert load_model(tmp_path / "run", None).config == model.config
+
+
+def test_heads_that_exist_are_not_what_is_asked_for(corpus: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", make("anticausal", vocab=260, dtype=torch.float32), byte_tokenizer())
+    with pytest.raises(ConfigError, match=r"heads of .*/c: model: .*none is a copy, or learns alone"):
+        train(retrofitted(tmp_path / "c", corpus), tmp_path / "run")
+    more = ("model.frozen=false", "model.n_future=2")
+    with pytest.raises(ConfigError, match=r"c: anticausal heads are blocks of the next-token path: none is added"):
+        train(retrofitted(tmp_path / "c", corpus, *more), tmp_path / "run")
+    other = with_its_heads(retrofitted(tmp_path / "c", corpus, "model.head_kind=joint"))
+    assert (other.model.head_kind, other.model.unembedding) == ("joint", "shared")
+
+
 # Checkpoints
 
 
@@ -305,8 +333,10 @@ def test_engines_are_not_given_what_they_would_misread(kind: str, tmp_path: Path
             export(tmp_path / "c", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     export_gguf(tmp_path / "c", tmp_path / "plain", drafter=False)
-    drafting = {use.engine for use in uses(tmp_path / "c") if use.drafts}
-    assert drafting == {"foretoken"}
+    drafting = {use.engine: use.reason for use in uses(tmp_path / "c") if use.drafts}
+    assert drafting.pop("foretoken") == ""
+    assert drafting.keys() == {"transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm"}
+    assert all(f"{name} heads are for foretoken alone" in reason for reason in drafting.values())
 
 
 def test_impossible_shapes_are_refused() -> None:
@@ -315,8 +345,8 @@ def test_impossible_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match='shared_block is of head_kind = "deepseek", not "joint"'):
         tiny_config(head_kind="joint", shared_block=True)
     shape = {"hidden_size": 32, "num_attention_heads": 4, "total_blocks": 8}
-    for fields in ({"start_from": "x"}, {**shape, "head_init": "last_block"}):
-        with pytest.raises(ValueError, match="anticausal heads are blocks of the next-token path: none is added"):
+    for fields in ({"start_from": "x", "frozen": True}, {**shape, "head_init": "last_block"}):
+        with pytest.raises(ValueError, match="anticausal heads are blocks of the next-token path: none is a copy"):
             ModelRecipe.model_validate({**fields, "head_kind": "anticausal"})
 
 

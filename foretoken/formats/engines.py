@@ -69,6 +69,9 @@ def _drafting(folder: Path, config: ModelConfig) -> Iterator[Use]:
     stock, drafts = (every, most) if config.goes_on else ("head 2", 1)
     yield Use("foretoken", every, most, (f'foretoken generate {ckpt} "..."',), "make test")
     if not config.portable:
+        reason = f"{folder}: {config.head_kind} heads are for foretoken alone"
+        for engine in ("transformers", "vllm", "llama_cpp", "sglang", "tensorrt_llm"):
+            yield Use(engine, every, most, (), "make test", reason)
         return
     out = Path(f"{folder}-hf")
     export = f"foretoken export hf {ckpt} {shlex.quote(str(out))}"

@@ -32,7 +32,7 @@ def list_experiments(as_json: Json = False) -> None:
 @lab.command("run", epilog="Example: foretoken lab run star --size cpu --seeds 20")
 def run(
     name: Annotated[str, typer.Argument(help="An experiment, or all.")],
-    size: Annotated[str, typer.Option(help="smoke (seconds), cpu (minutes to an hour) or gpu.")] = "cpu",
+    size: Annotated[str, typer.Option(help="smoke (seconds), cpu (minutes to hours) or gpu.")] = "cpu",
     seeds: Annotated[int | None, typer.Option(help="Runs of each arm. Default: the size's.")] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for runs; an experiment's lie in NAME-SIZE below it. What is done there stays.")
