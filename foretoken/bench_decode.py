@@ -121,7 +121,7 @@ def bench(
                 "context": round(statistics.mean(map(len, work.prompts))),
                 "decoder": label,
                 "drafts": k,
-                **_figures(timings, plain, work.batch, meaningful or not k),
+                **_figures(timings, plain, meaningful or not k),
             }
             if "rejection" in label:  # another sample of the same law
                 row["differing"] = row["margin"] = None
@@ -132,12 +132,11 @@ def bench(
     return rows
 
 
-def _figures(timings: Sequence[Timing], plain: Sequence[Timing], batch: int, meaningful: bool) -> dict[str, Any]:
+def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: bool) -> dict[str, Any]:
     """Medians over the rounds, and ratios to plain decoding in the same rounds."""
     each = [1e3 * t.seconds / t.steps for t in timings]
     cost = [(t.seconds / t.steps) / (p.seconds / p.steps) for t, p in zip(timings, plain, strict=True)]
     speedup = [p.seconds / p.tokens * t.tokens / t.seconds for t, p in zip(timings, plain, strict=True)]
-    taken = [step for t in timings for request in t.requests for step in request.steps]
     result = {
         "ms_per_step": statistics.median(each),
         "min": min(each),
@@ -151,9 +150,7 @@ def _figures(timings: Sequence[Timing], plain: Sequence[Timing], batch: int, mea
         "margin": None,
     }
     if meaningful:
-        result["tokens_per_step"] = (
-            sum(s.committed for s in taken) / len(taken) if taken else timings[0].tokens / timings[0].steps / batch
-        )
+        result["tokens_per_step"] = sum(t.tokens for t in timings) / sum(t.row_steps for t in timings)
         result["ms_per_token"] = statistics.median(1e3 * t.seconds / t.tokens for t in timings)
         result["speedup"] = statistics.median(speedup)
     pairs = list(zip(timings[0].requests, plain[0].requests, strict=False))
@@ -217,11 +214,18 @@ def bench_checkpoint(
         room = model.config.max_position_embeddings - tokens
         ids = [tokenizer.encode(text, add_special_tokens=True)[-room:] for text in chosen]
         for temperature in temperatures:
-            works += [Workload(Path(source).name or "held out", ids, batch, tokens, temperature) for batch in batches]
+            works += [Workload(_domain(source, data), ids, batch, tokens, temperature) for batch in batches]
     drafts = range(1, model.config.n_future + (1 if model.config.goes_on else 0))
     with tempfile.TemporaryDirectory() as temporary:
         copy = save_checkpoint(Path(temporary) / "checkpoint", model, tokenizer)  # without heads renamed, in this type
         return bench(name, model, copy, works, drafts, rounds, peers, gb_s, True, draft_vocabs, display)
+
+
+def _domain(source: str, sources: Sequence[str]) -> str:
+    """What prompts of a source are called: by the file's name, where no other has that."""
+    names = [each if each.startswith("hf:") else Path(each).name or each for each in sources]
+    found = dict(zip(sources, names, strict=True)).get(source, "held out")
+    return source if names.count(found) > 1 else found
 
 
 def bench_decode(

@@ -28,10 +28,12 @@ GGUF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"
 
 @dataclass(frozen=True)
 class Timing:
-    """One round of a decoder: seconds behind the first tokens, its steps and tokens, and our own requests."""
+    """One round of a decoder: seconds behind the first tokens, its steps, those of all rows together, its tokens, and
+    our own requests."""
 
     seconds: float
     steps: int
+    row_steps: int
     tokens: int
     requests: tuple[Request, ...] = ()
 
@@ -89,7 +91,8 @@ def foretoken_decoder(
             seconds += time.perf_counter() - began
             steps += max(len(r.steps) for r in requests)
             done += requests
-        return Timing(seconds, steps, len(done) * (work.tokens - 1), tuple(done))
+        taken = sum(len(r.steps) for r in done)
+        return Timing(seconds, steps, taken, len(done) * (work.tokens - 1), tuple(done))
 
     return run
 
@@ -119,13 +122,14 @@ def transformers_decoder(
         return time.perf_counter() - began
 
     def run() -> Timing:
-        total, steps = 0.0, 0
+        total, steps, row_steps = 0.0, 0, 0
         for prompts in work.batches():
             first = min(seconds(prompts, 1) for _ in range(2))  # the prompt and one token
             before = forwards[0]
             total += seconds(prompts, work.tokens) - first
             steps += forwards[0] - before - 1
-        return Timing(total, steps, len(work.prompts) * (work.tokens - 1))
+            row_steps += len(prompts) * (forwards[0] - before - 1)
+        return Timing(total, steps, row_steps, len(work.prompts) * (work.tokens - 1))
 
     return run
 
@@ -155,7 +159,7 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
             timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
             milliseconds += timings["predicted_ms"]
             tokens += int(timings["predicted_n"])
-        return Timing(milliseconds / 1e3, tokens, tokens)
+        return Timing(milliseconds / 1e3, tokens, tokens, tokens)
 
     return run
 

@@ -190,7 +190,8 @@ class ModelRecipe(Section):
             raise ValueError(f"start_from brings the shape of its model: leave out {', '.join(sorted(own))}")
         apart = self.frozen or self.lora_rank is not None or self.head_init == "last_block"
         if apart and self.head_kind == "anticausal" and self.n_future > 1:
-            raise ValueError("anticausal heads are blocks of the next-token path: none is a copy, or learns alone")
+            rule = "none is a copy, or learns alone; name another head_kind"
+            raise ValueError(f"anticausal heads are blocks of the next-token path: {rule}")
         if self.frozen and (self.start_from is None or self.n_future == 1):
             raise ValueError("frozen leaves only heads to train: it needs start_from and n_future > 1")
         if self.lora_rank is not None and (self.start_from is None or self.frozen):

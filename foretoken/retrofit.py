@@ -25,7 +25,7 @@ def with_its_heads(recipe: Recipe) -> Recipe:
     Raises ConfigError where such heads cannot do what the recipe asks.
     """
     model = recipe.model
-    if model.start_from is None:
+    if model.start_from is None or model.n_future == 1:
         return recipe
     old, said = read_config(find_checkpoint(model.start_from)), model.model_fields_set
     if old.n_future == 1 or ("head_kind" in said and model.head_kind != old.head_kind):
@@ -45,8 +45,10 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
             f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"
         )
     wanted = validated(ModelConfig, config.model_dump() | recipe.model_dump(include={"n_future", *HEADS}), "model")
-    if wanted.head_kind == "anticausal" and wanted.n_future > 1 and config != wanted:
-        raise ConfigError(f"{folder}: anticausal heads are blocks of the next-token path: none is added to a model")
+    given = config.n_future if config.head_kind == "anticausal" else 1
+    if wanted.head_kind == "anticausal" and wanted.n_future > max(1, given):
+        rule = f"none is added to its {given}; name another model.head_kind, or a lower model.n_future"
+        raise ConfigError(f"{folder}: anticausal heads are blocks of the next-token path: {rule}")
     return wanted, tokenizer
 
 
@@ -58,11 +60,11 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
     model = Model(config)
     model.init_weights(seed)
     state, given = model.state_dict(), old.state_dict()
-    kinds = [(c.head_kind, c.shared_block) for c in (old.config, config)]
-    if kinds[0] != kinds[1]:  # the next-token path alone: where heads are blocks of it, these have other names
-        path = {hf.main_name(name, old.config) or name: tensor for name, tensor in given.items()}
-        names = {name: hf.main_name(name, config) or name for name in state}
-        given = {name: path[there] for name, there in names.items() if there != name or name == "lm_head.weight"}
+    path = {hf.main_name(name, old.config): tensor for name, tensor in given.items()}  # which may have other names here
+    if (old.config.head_kind, old.config.shared_block) != (config.head_kind, config.shared_block):
+        given = {"lm_head.weight": given["lm_head.weight"]}
+    names = {name: hf.main_name(name, config) for name in state}
+    given |= {name: path[there] for name, there in names.items() if there is not None}
     if recipe.head_init != "random":
         model.heads[0].load_state_dict(old.heads[0].state_dict())
         model.lm_head.load_state_dict(old.lm_head.state_dict())

@@ -148,7 +148,8 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
     from foretoken.checkpoint import load_checkpoint
 
     model, _ = load_checkpoint(checkpoint, "float32")
-    work = Workload("text", [[65, 66, 67, 68], [1, 2, 3, 4]], 1, 5)
+    prompts = [[65, 66, 67, 68], [1, 2, 3, 4], [9, 8, 7, 6]]
+    work = Workload("text", prompts[:2], 1, 5)
     found = list(bench_peers.decoders(model, checkpoint, work, [1], True, True))
     names = [name for name, _, _ in found]
     assert names[-3:] == ["transformers", "transformers, prompt lookup", "llama.cpp"]
@@ -157,6 +158,16 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
         assert timing.seconds > 0
         assert 0 < timing.steps <= 10, name
         assert timing.tokens >= 8, name
+    for name, _, decoder in bench_peers.decoders(model, checkpoint, Workload("text", prompts, 2, 5), [], True, False):
+        timing = decoder()  # the last batch is not full
+        assert (name, timing.steps, timing.row_steps, timing.tokens) == (name, 8, 12, 12)
+
+
+def test_domains_are_told_apart() -> None:
+    sources = ["a/x.jsonl", "b/x.jsonl", "a/y.jsonl", "hf:org/name", "stdlib"]
+    shown = ["a/x.jsonl", "b/x.jsonl", "y.jsonl", "hf:org/name", "stdlib"]
+    assert [bench_decode._domain(source, sources) for source in sources] == shown
+    assert bench_decode._domain("", []) == "held out"
 
 
 MISTAKES: list[tuple[list[object], str]] = [

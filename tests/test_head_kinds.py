@@ -267,6 +267,9 @@ def test_a_checkpoint_gets_heads_of_another_kind(old: str, new: str, tmp_path: P
         close(ours[i], theirs[i], f"head {i + 1}", 0)
 
 
+ALL_LEARN = ("model.frozen=false", "loss.soft=0")
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "sequential"])
 @pytest.mark.parametrize("unembedding", ["shared", "per_head"])
 def test_heads_that_exist_go_on(kind: str, unembedding: str, corpus: Path, tmp_path: Path) -> None:
@@ -283,13 +286,29 @@ def test_heads_that_exist_go_on(kind: str, unembedding: str, corpus: Path, tmp_p
     assert load_model(tmp_path / "run", None).config == model.config
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "sequential", "parallel"])
+@pytest.mark.parametrize("unembedding", ["shared", "per_head"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_some_of_the_heads_go_on(kind: str, unembedding: str, n: int, corpus: Path, tmp_path: Path) -> None:
+    model = make(kind, vocab=260, dtype=torch.float32, unembedding=unembedding, max_position_embeddings=64)
+    save_checkpoint(tmp_path / "c", model, byte_tokenizer())
+    asked = with_its_heads(retrofitted(tmp_path / "c", corpus, f"model.n_future={n}", *ALL_LEARN)).model
+    started = starting_model(asked, starting_config(asked, 32)[0], 0).eval()
+    tokens = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        ours, theirs = started(tokens), model(tokens)
+    assert len(ours) == n
+    for i in range(n):
+        close(ours[i], theirs[i], f"head {i + 1}", 0)
+        assert torch.equal(started.unembeddings()[i], model.unembeddings()[i])
+
+
 def test_heads_that_exist_are_not_what_is_asked_for(corpus: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", make("anticausal", vocab=260, dtype=torch.float32), byte_tokenizer())
     with pytest.raises(ConfigError, match=r"heads of .*/c: model: .*none is a copy, or learns alone"):
         train(retrofitted(tmp_path / "c", corpus), tmp_path / "run")
-    more = ("model.frozen=false", "model.n_future=2")
-    with pytest.raises(ConfigError, match=r"c: anticausal heads are blocks of the next-token path: none is added"):
-        train(retrofitted(tmp_path / "c", corpus, *more), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"c: anticausal heads are blocks .*: none is added to its 4"):
+        train(retrofitted(tmp_path / "c", corpus, *ALL_LEARN, "model.n_future=5"), tmp_path / "run")
     other = with_its_heads(retrofitted(tmp_path / "c", corpus, "model.head_kind=joint"))
     assert (other.model.head_kind, other.model.unembedding) == ("joint", "shared")
 
