@@ -264,6 +264,8 @@ def bench_decode(
             raise ConfigError(f"{name} = {value} must be at least {least}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if checkpoint is not None:
+        find_checkpoint(checkpoint)  # tell of a wrong path before anything is measured
     display.say("Measuring memory bandwidth")
     gb_s, rows = bandwidth(device), list[dict[str, Any]]()
     if checkpoint is not None:

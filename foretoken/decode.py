@@ -142,7 +142,7 @@ class Batch:
         """Run the model on a request's prompt, alone: its row, and what `Stepper.forward` returns."""
         row = self.cache.vacant()
         prompt = torch.tensor([request.prompt], device=self.model.device)
-        return row, *self.stepper.forward(prompt, row, self.drafter.heads)
+        return row, *self.stepper.forward(prompt, row, self.drafter.heads, last=True)
 
     def join(self, request: Request, row: KVCache, hidden: Tensor, z: Tensor) -> None:
         """Take in a request whose first token has come."""

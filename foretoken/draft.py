@@ -234,7 +234,8 @@ class SequentialDrafter(Drafter):
         assert cache is not None
         following, z = start.following, start.z[:, : max(start.at) + 1]
         kept = [length + len(tokens) for length, tokens in zip(cache.lengths, following, strict=True)]
-        state = last_of(self.stepper.draft(padded(following, z.device), z, cache), start.at)
+        alone = len(following) == 1  # its last state is the one
+        state = last_of(self.stepper.draft(padded(following, z.device), z, cache, last=alone), start.at)
         cache.roll_back(kept)  # what was padding
 
         def states(picks: list[Tensor]) -> Tensor:

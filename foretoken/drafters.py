@@ -53,7 +53,7 @@ class ModelDrafter(Drafter):
         assert cache is not None
         unread = [own or text for own, text in zip(start.new, start.texts, strict=True)]
         kept = [length + len(tokens) for length, tokens in zip(cache.lengths, unread, strict=True)]
-        hidden, _ = self.other.forward(padded(unread, self.other.model.device), cache, 1)
+        hidden, _ = self.other.forward(padded(unread, self.other.model.device), cache, 1, last=len(unread) == 1)
         cache.roll_back(kept)  # what was padding
         state = last_of(hidden[0], [len(tokens) - 1 for tokens in unread])
 

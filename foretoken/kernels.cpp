@@ -449,10 +449,11 @@ class Runner {
         : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H),
           input(std::max(rows, FEW * model.threads) * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
 
-    // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x.
-    void block(const Layer& l, const Items& items, float* x, bool embedded) {
-        const int64_t R = items.count, in = embedded ? 2 * D : D, threads = omp_get_num_threads();
-        A* read = prepare(R, in, [&](int64_t r, A* row) {
+    // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x. Of items before `from` keys
+    // and values are all that is made; what they give stays as it was.
+    void block(const Layer& l, const Items& items, float* x, bool embedded, int64_t from = 0) {
+        const int64_t in = embedded ? 2 * D : D, threads = omp_get_num_threads();
+        A* read = prepare(items.count, in, [&](int64_t r, A* row) {
             if (!embedded) return normalise(x + r * D, (const W*)l.norm_1, D, m.eps, row);
             float token[D];
             embed(items.token[r], token);
@@ -460,25 +461,29 @@ class Runner {
             normalise(x + r * D, (const W*)l.hidden_norm, D, m.eps, row + D);
         });
         const W* bias = (const W*)l.qkv_bias;
-        auto project = [&, out = qkv.data(), width = Q](int64_t begin, int64_t end) {
-            product((const W*)l.qkv, in, begin, end, read, in, R, [=](int64_t o, int64_t r, float y) {
+        auto project = [&, width = Q](int64_t begin, int64_t end, int64_t first) {
+            float* out = qkv.data() + first * width;
+            product((const W*)l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, float y) {
                 out[r * width + o] = bias ? y + widen(bias[o]) : y;
             });
         };
         if (G % threads == 0) {  // a thread projects what its own heads attend with
             const int64_t each = G / threads, first = each * omp_get_thread_num(), end = first + each, group = N / G;
-            project(first * group * H, end * group * H);
-            project((N + first) * H, (N + end) * H);
-            project((N + G + first) * H, (N + G + end) * H);
+            project(first * group * H, end * group * H, from);
+            project((N + first) * H, (N + end) * H, 0);
+            project((N + G + first) * H, (N + G + end) * H, 0);
         } else {
-            const Part q(Q, OUTS);
-            project(q.begin, q.end);
+            const Part q(N * H, OUTS), kv(2 * G * H, OUTS);
+            project(q.begin, q.end, from);
+            project(N * H + kv.begin, N * H + kv.end, 0);
             barrier();
         }
-        attention(l, items);
+        attention(l, items, from);
         barrier();
+        const int64_t R = items.count - from;
+        x += from * D;
         const Part d(D, OUTS);
-        product((const W*)l.o, N * H, d.begin, d.end, mixed.data(), N * H, R,
+        product((const W*)l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, N * H, R,
                 [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
         barrier();
         read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
@@ -548,19 +553,20 @@ class Runner {
     }
 
     // One unit of work is a key/value head of a cache row: who writes its keys also reads them.
-    void attention(const Layer& l, const Items& items) {
-        int64_t unit = 0;
+    void attention(const Layer& l, const Items& items, int64_t from) {
         const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
         const bool own = G % threads == 0;
         for (int64_t first = 0, end; first < items.count; first = end) {
             for (end = first + 1; end < items.count && items.row[end] == items.row[first];) ++end;
-            for (int64_t g = 0; g < G; ++g, ++unit)
-                if ((own ? g / (G / threads) : unit % threads) == me) attend(l, items, first, end, g);
+            for (int64_t g = 0; g < G; ++g)
+                if ((own ? g / (G / threads) : (items.row[first] * G + g) % threads) == me)
+                    attend(l, items, first, end, std::clamp(from, first, end), g);
         }
     }
 
-    void attend(const Layer& l, const Items& items, int64_t first, int64_t end, int64_t g) {
-        const int64_t group = N / G, rows = (end - first) * group, from = (items.row[first] * G + g) * l.capacity * H;
+    // Items `first` to `end` of a cache row are kept, and those from `asks` on ask.
+    void attend(const Layer& l, const Items& items, int64_t first, int64_t end, int64_t asks, int64_t g) {
+        const int64_t group = N / G, rows = (end - asks) * group, from = (items.row[first] * G + g) * l.capacity * H;
         W *keys = (W*)l.keys + from, *values = (W*)l.values + from;
         const int64_t slots = *std::max_element(items.slot + first, items.slot + end) + 1;
         const int64_t room = (slots + 2 * LANES - 1) / LANES * LANES;
@@ -572,16 +578,17 @@ class Runner {
             float* row = qkv.data() + i * Q;
             rotate(row + (N + g) * H, l.k_norm, items.position[i], keys + items.slot[i] * H);
             for (int64_t j = 0; j < H; ++j) narrow(row[(N + G + g) * H + j], values[items.slot[i] * H + j]);
-            for (int64_t q = 0; q < group; ++q)
-                rotate(row + (g * group + q) * H, l.q_norm, items.position[i], queries + ((i - first) * group + q) * H);
+            for (int64_t q = 0; q < group && i >= asks; ++q)
+                rotate(row + (g * group + q) * H, l.q_norm, items.position[i], queries + ((i - asks) * group + q) * H);
         }
+        if (rows == 0) return;
         const float scale = 1.0f / std::sqrt(float(H));
         multiply_keys((const W*)keys, H, slots, (const A*)queries, rows, scale, room, scores);
         for (int64_t q = 0; q < rows; ++q)
-            totals[q] = softmax(scores + q * room, slots, items.base[first + q / group], items.seen[first + q / group]);
+            totals[q] = softmax(scores + q * room, slots, items.base[asks + q / group], items.seen[asks + q / group]);
         for (int64_t q = 0; q < rows; q += ROWS) mix(scores + q * room, room, slots, values, int(std::min<int64_t>(ROWS, rows - q)), y + q * H);
         for (int64_t q = 0; q < rows; ++q) {
-            A* to = mixed.data() + (first + q / group) * N * H + (g * group + q % group) * H;
+            A* to = mixed.data() + (asks + q / group) * N * H + (g * group + q % group) * H;
             for (int64_t j = 0; j < H; ++j) narrow(y[q * H + j] / totals[q], to[j]);
         }
     }
@@ -760,12 +767,12 @@ class Turner {
     Further verified, kept, next;
     std::vector<int64_t> depth;     // of the tree's nodes
     Buffer<float> z, hidden, states, scores;
-    std::vector<int64_t> last;  // the kept item of each row from which its drafts start
+    int64_t before = 0;  // kept items from which no drafts start: they come first, then those from which they do, one a row
 
   public:
     Turner(const Model& model, const Turn& turn)
         : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), M(t.draft_vocabulary),
-          run(m, B * (T + K)), z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V), last(B) {
+          run(m, B * (T + K)), z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V) {
         std::vector<uint64_t> ancestors;
         for (int64_t i = 0; i < T; ++i) {
             depth.push_back(i ? depth[t.parent[i]] + 1 : 0);
@@ -813,12 +820,11 @@ class Turner {
                 if (t.rejection ? i <= t.accepted[b] : t.parent[i] == path[a] && t.token[b * T + i] == picked[path[a]])
                     path[++a] = i;
             t.accepted[b] = a;
-            for (int64_t i = 0; i <= a; ++i) {
-                picked[i] = picked[path[i]], t.logprob[b * T + i] = t.logprob[b * T + path[i]];
-                kept.push(picked[i], b, lengths[b], i);
-            }
-            last[b] = int64_t(kept.token.size()) - 1;
+            for (int64_t i = 0; i <= a; ++i) picked[i] = picked[path[i]], t.logprob[b * T + i] = t.logprob[b * T + path[i]];
+            for (int64_t i = 0; i < a; ++i) kept.push(picked[i], b, lengths[b], i);
+            before += a;
         }
+        for (int64_t b = 0; b < B; ++b) kept.push(t.picked[b * T + t.accepted[b]], b, lengths[b], t.accepted[b]);
     }
 
     // The accepted nodes' keys and values stand behind each other.
@@ -839,11 +845,9 @@ class Turner {
 
     // The trunk's output at the kept items.
     void start() {
-        for (Part p(B); p.begin < p.end; ++p.begin) {
-            const int64_t b = p.begin;
-            const int64_t count = t.accepted[b] + 1;
-            for (int64_t i = 0; i < count; ++i)
-                std::copy_n(z.data() + (b * T + t.path[b * T + i]) * D, D, states.data() + (last[b] + 1 - count + i) * D);
+        for (Part p(before + B); p.begin < p.end; ++p.begin) {
+            const int64_t b = kept.row[p.begin], node = t.path[b * T + kept.slot[p.begin] - kept.base[p.begin]];
+            std::copy_n(z.data() + (b * T + node) * D, D, states.data() + p.begin * D);
         }
         barrier();
     }
@@ -851,22 +855,20 @@ class Turner {
     // A sequential head: its block on the kept items, then on its own drafts.
     void chain(const Layer& layer) {
         start();
-        run.block(layer, kept.items(), states.data(), true);
+        run.block(layer, kept.items(), states.data(), true, before);
         const Part p(B);
-        for (int64_t b = p.begin; b < p.end; ++b)
-            std::copy_n(states.data() + last[b] * D, D, hidden.data() + b * D);
-        barrier();
+        float* state = states.data() + before * D;
         for (int64_t d = 0; d < K; ++d) {
-            run.logits(hidden.data(), B, M, scores.data());
+            run.logits(state, B, M, scores.data());
             for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * M, b, d);
             barrier();
             if (d + 1 == K) break;
 #pragma omp single
             {
                 next = Further();
-                for (int64_t b = 0; b < B; ++b) next.push(t.draft[(b * K + d) * t.ranks], b, kept.slot[last[b]] + 1, d);
+                for (int64_t b = 0; b < B; ++b) next.push(t.draft[(b * K + d) * t.ranks], b, kept.slot[before + b] + 1, d);
             }
-            run.block(layer, next.items(), hidden.data(), true);
+            run.block(layer, next.items(), state, true);
         }
     }
 
@@ -875,9 +877,9 @@ class Turner {
         const Part p(B);
         for (int64_t h = 0; h < heads; ++h) {
             start();
-            run.block(layers[h], kept.items(), states.data(), false);
+            run.block(layers[h], kept.items(), states.data(), false, before);
             for (int64_t b = p.begin; b < p.end; ++b)
-                std::copy_n(states.data() + last[b] * D, D, hidden.data() + (b * heads + h) * D);
+                std::copy_n(states.data() + (before + b) * D, D, hidden.data() + (b * heads + h) * D);
             barrier();
         }
         run.logits(hidden.data(), B * heads, M, scores.data());

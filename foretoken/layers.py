@@ -213,39 +213,66 @@ class BlockStack:
             self.norm_of = torch.tensor([0] * self.heads + [1] * self.kv_heads, device=norms.device)
 
     def forward(
-        self, x: Tensor, context: Context, positions: Tensor, cache: KVCache | Window, block: int, used: int
+        self,
+        x: Tensor,
+        context: Context,
+        positions: Tensor,
+        cache: KVCache | Window,
+        block: int,
+        used: int,
+        last: bool = False,
     ) -> Tensor:
         """Run the first `used` of the m blocks on x (1, B, T, D); cache them from index `block` on.
 
-        The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D).
+        The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D). last: of the last position,
+        which sees all there is, alone, (used, B, 1, D); of the others keys and values are all that is made.
         """
         inputs = unit_rms(x, self.eps) * self.norm_1[:used, None]
-        return self._run(inputs, x, context, positions, cache, block)
+        return self._run(inputs, x, context, positions, cache, block, last)
 
     def _run(
-        self, inputs: Tensor, x: Tensor, context: Context, positions: Tensor, cache: KVCache | Window, block: int
+        self,
+        inputs: Tensor,
+        x: Tensor,
+        context: Context,
+        positions: Tensor,
+        cache: KVCache | Window,
+        block: int,
+        last: bool,
     ) -> Tensor:
-        """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T, D)."""
-        _, B, T, D = x.shape
-        m, rows = inputs.size(0), B * T
-        x = x.reshape(1, rows, D)
-        qkv = _bmm(inputs.reshape(m, rows, -1), self.qkv[:m])  # (m, BT, (N + 2 Nkv) H)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[:m]
-        rotated = self.heads + self.kv_heads
-        qkv = qkv.view(m, rows, rotated + self.kv_heads, self.head_dim)
-        qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
-        if self.qk_norm is not None:
-            qk = unit_rms(qk, self.eps) * self.qk_norm[:m, :, self.norm_of]  # (m, BT, N + Nkv, H)
-        cos, sin = context.cos.view(1, rows, 1, -1), context.sin.view(1, rows, 1, -1)
-        qk = rotate(qk, cos, sin).view(m, B, T, rotated, self.head_dim).transpose(2, 3)  # (m, B, N + Nkv, T, H)
-        v = v.reshape(m, B, T, self.kv_heads, self.head_dim).transpose(2, 3)
-        keys, values = cache.write(block, qk[:, :, self.heads :], v, positions)
+        """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T or 1, D)."""
+        m = inputs.size(0)
+        qk, v = self._project(inputs, context, self.heads if last else 0)
+        keys, values = cache.write(block, qk[:, :, -self.kv_heads :], v, positions)
+        if last:
+            context = Context(context.cos[:, -1:], context.sin[:, -1:])
+            qk, _ = self._project(inputs[:, :, -1:], context, 0, self.heads)
+            x = x[:, :, -1:]
         assert context.mask is None or isinstance(context.mask, Tensor)
         y = self._attend(qk[:, :, : self.heads], keys, values, context.mask)  # (m, BT, N H)
-        x = x + _bmm(y, self.o[:m])
-        gate, up = _bmm(unit_rms(x, self.eps) * self.norm_2[:m], self.gate_up[:m]).chunk(2, -1)
-        return (x + _bmm(F.silu(gate) * up, self.down[:m])).view(m, B, T, D)
+        x, shape = x.flatten(1, 2), x.shape
+        x = x + _bmm(y, self.o[:m], last)
+        gate, up = _bmm(unit_rms(x, self.eps) * self.norm_2[:m], self.gate_up[:m], last).chunk(2, -1)
+        return (x + _bmm(F.silu(gate) * up, self.down[:m], last)).view(m, *shape[1:])
+
+    def _project(self, inputs: Tensor, context: Context, begin: int, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs (m, B, T, width) -> of the N query, Nkv key and Nkv value heads those from `begin` to `end`.
+
+        Rotated queries and keys (m, B, how many, T, H), and values.
+        """
+        m, B, T, _ = inputs.shape
+        H, rows, rotated = self.head_dim, B * T, self.heads + self.kv_heads - begin
+        part = slice(begin * H, None if end is None else end * H)
+        qkv = _bmm(inputs.reshape(m, rows, -1), self.qkv[:m, part], end is not None)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[:m, :, part]
+        qkv = qkv.view(m, rows, -1, H)
+        qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
+        if self.qk_norm is not None:
+            qk = unit_rms(qk, self.eps) * self.qk_norm[:m, :, self.norm_of[begin:end]]
+        cos, sin = context.cos.reshape(1, rows, 1, H), context.sin.reshape(1, rows, 1, H)
+        qk = rotate(qk, cos, sin).view(m, B, T, -1, H).transpose(2, 3)
+        return qk, v.reshape(m, B, T, v.size(2), H).transpose(2, 3)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         m, B, N, T, H = q.shape
@@ -266,22 +293,31 @@ class SequentialStack(BlockStack):
         self.hidden_norm = _share([[block.hidden_norm.weight]])
 
     def draft(
-        self, embedded: Tensor, hidden: Tensor, context: Context, positions: Tensor, cache: KVCache | Window
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        context: Context,
+        positions: Tensor,
+        cache: KVCache | Window,
+        last: bool = False,
     ) -> Tensor:
-        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`."""
+        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`.
+
+        last: as in `BlockStack.forward`.
+        """
         width = (hidden.size(-1),)
         sides = (
             F.rms_norm(embedded, width, self.norm_1[0, 0], self.eps),
             F.rms_norm(hidden, width, self.hidden_norm[0, 0], self.eps),
         )
-        return self._run(torch.cat(sides, -1)[None], hidden[None], context, positions, cache, 0)[0]
+        return self._run(torch.cat(sides, -1)[None], hidden[None], context, positions, cache, 0, last)[0]
 
 
-def _bmm(x: Tensor, weight: Tensor) -> Tensor:
-    """x (m, R, in) times weight (m, out, in), each of the m apart."""
+def _bmm(x: Tensor, weight: Tensor, apart: bool = False) -> Tensor:
+    """x (m, R, in) times weight (m, out, in), each of the m apart, and as many products where they must be."""
     if weight.size(0) == 1:
         return F.linear(x[0], weight[0])[None]
-    if x.size(1) > FEW_ROWS:  # one by one: nothing is gained by a batch, and head 1 rounds alike whatever m is
+    if apart or x.size(1) > FEW_ROWS:  # one by one: nothing is gained by a batch, and head 1 rounds alike whatever m is
         return torch.stack([F.linear(a, w) for a, w in zip(x, weight, strict=True)])
     return torch.bmm(x, weight.mT)
 

@@ -94,19 +94,15 @@ class Model(nn.Module):
         document_ids (B, length): when given, a position attends only inside its own document. position_ids
         (B, length): what the rotary embedding counts, by default 0..length-1.
         """
-        cos, sin = self._tables(self._positions(length, position_ids))
-        mask = None
-        if document_ids is not None:
-            mask = document_mask(document_ids, self.config.head_dim, self.dtype)
-        return Context(cos, sin, mask)
+        mask = None if document_ids is None else document_mask(document_ids, self.config.head_dim, self.dtype)
+        return Context(*self._tables(self._positions(length, position_ids)), mask)
 
     def _positions(self, length: int, position_ids: Tensor | None) -> Tensor:
         return torch.arange(length, device=self.device)[None] if position_ids is None else position_ids[:, :length]
 
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables (B or 1, T, H) of positions (B or 1, T)."""
-        tables: tuple[Tensor, Tensor] = self.rotary(positions, torch.float32)
-        return tables
+        return self.rotary(positions, torch.float32)  # type: ignore[no-any-return]
 
     def compile_blocks(self) -> None:
         """Let torch.compile make training faster, block by block: blocks of a kind share what is compiled."""
@@ -234,11 +230,14 @@ class Stepper:
         self.free = [memory, *self.free[: MOST_FREE - 1]]
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: KVCache, heads: int, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, cache: KVCache, heads: int, tree: Tree | None = None, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Run tokens (B, T) behind what the cache holds, as a chain, or as the nodes of a tree.
 
-        Returns the first `heads` heads' states (heads, B, T, D) and the trunk's output (B, T, D), none of them
-        normalised. The cache then holds all T positions: roll back those that are not kept.
+        Returns the first `heads` heads' states (heads, B, T, D) and the trunk's output (B, T, D), not normalised. The
+        cache then holds all T positions: roll back those not kept. last: of a single row's states only the last are
+        asked for; heads that are spared the others show it in their places.
         """
         T = tokens.size(1)
         self.grow_tables(cache)
@@ -246,12 +245,13 @@ class Stepper:
             return self.native.forward(tokens.tolist(), cache, heads, tree)
         positions = cache.positions(T)
         context = self._context(positions, cache, tree)
-        x = F.embedding(tokens, self.model.embed_tokens.weight)[None]  # (1, B, T, D)
-        early = list[Tensor]()
+        x, early = F.embedding(tokens, self.model.embed_tokens.weight)[None], list[Tensor]()  # (1, B, T, D)
         for index, stack in enumerate(self.trunk):
             x = stack.forward(x, context, positions, cache, index, 1)
             early = [x, *early][: min(heads - 1, self.early)]
-        hidden = [self.heads.forward(x, context, positions, cache, len(self.trunk), min(heads, self.heads.m)), *early]
+        last = last and self.config.head_kind not in ("causal", "anticausal", "deepseek")  # which read what others make
+        first = self.heads.forward(x, context, positions, cache, len(self.trunk), min(heads, self.heads.m), last)
+        hidden = [first.expand(-1, -1, T, -1), *early]
         for block, stack in enumerate(self.further[: heads - 1], len(self.trunk) + 1):
             hidden.append(stack.forward(hidden[-1], context, positions, cache, block, 1))
         cache.advance(T)
@@ -290,11 +290,11 @@ class Stepper:
         return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
 
     @torch.inference_mode()
-    def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+    def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache, last: bool = False) -> Tensor:
         """Run the sequential head's block behind what its cache holds, on the tokens (B, T) that follow its positions.
 
         hidden (B, T, D): the trunk's output, or the block's own state where the token is a draft. Returns its states
-        (B, T, D), not normalised, which predict the tokens behind `tokens`.
+        (B, T, D), not normalised, which predict the tokens behind `tokens`. last: see `forward`.
         """
         assert self.drafter is not None
         self.grow_tables(cache)
@@ -302,10 +302,10 @@ class Stepper:
             return self.native.draft(tokens.tolist(), hidden, cache)
         positions = cache.positions(tokens.size(1))
         embedded = F.embedding(tokens, self.model.embed_tokens.weight)
-        hidden = hidden.to(embedded.dtype)
-        state = self.drafter.draft(embedded, hidden, self._context(positions, cache), positions, cache)
+        hidden, context = hidden.to(embedded.dtype), self._context(positions, cache)
+        state = self.drafter.draft(embedded, hidden, context, positions, cache, last)
         cache.advance(tokens.size(1))
-        return state
+        return state.expand(-1, tokens.size(1), -1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, draft_vocab: int | None = None, depth: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from conftest import run, tiny_config, tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from invariants import cached_is_full, close, no_peeking, possible
-from torch import nn
+from torch import Tensor, nn
 
 from foretoken.config import OptimConfig
 from foretoken.layers import Block, BlockStack, Context, Rotary, grouped_mask
@@ -60,6 +60,43 @@ SELECT = st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, ma
 @example("qwen3", [("write", [4]), ("back", [1, 2, 0]), ("select", [2, 0]), ("write", [2]), ("write", [1])], 1)
 def test_cached_stepping_equals_full_forward(architecture: str, moves: list[tuple[str, list[int]]], seed: int) -> None:
     cached_is_full(MODELS[architecture], [*possible(moves), ("write", [2])], seed)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["parallel", "linear", "causal", "anticausal", "joint", "sequential", "deepseek"])
+def test_of_a_prompt_heads_make_keys_and_the_last_state(architecture: str, kind: str) -> None:
+    model = tiny_model(architecture, layers=5, head_kind=kind)
+    stepper, n = model.stepper(), 1 if kind in ("linear", "sequential", "deepseek") else 4
+    tokens = torch.randint(0, 17, (1, 40), generator=torch.Generator().manual_seed(0))
+    full, spared = stepper.new_cache(1, 45, n), stepper.new_cache(1, 45, n)
+    for cache in (full, spared):
+        stepper.forward(tokens[:, :5], cache, n)
+    (wanted, z), (found, y) = stepper.forward(tokens, full, n), stepper.forward(tokens, spared, n, last=True)
+    close(found[:, :, -1], wanted[:, :, -1], "the last states")
+    close(y, z, "the trunk's output")
+    reads_all = kind in ("causal", "anticausal", "deepseek")
+    assert torch.equal(found, found[:, :, -1:].expand(-1, -1, 40, -1)) != reads_all
+    caches = [(full, spared)]
+    if kind == "sequential":
+        a, b = stepper.new_draft_cache(1, 45), stepper.new_draft_cache(1, 45)
+        states = stepper.draft(tokens, z, a), stepper.draft(tokens, z, b, last=True)
+        close(states[1][:, -1], states[0][:, -1], "the drafter's last state")
+        caches.append((a, b))
+    for whole, own in caches:
+        assert own.lengths == whole.lengths
+        for side in ("keys", "values"):
+            close(getattr(own, side), getattr(whole, side), side)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_last_state_of_head_1_does_not_depend_on_how_many_heads_run(kv_heads: int) -> None:
+    model = tiny_model("llama", kv_heads=kv_heads, dtype=torch.float32, width=48)
+    stepper, found = model.stepper(), list[Tensor]()
+    tokens = torch.randint(0, 17, (1, 90), generator=torch.Generator().manual_seed(kv_heads))
+    for heads in (1, 2, 4):
+        found.append(stepper.forward(tokens, stepper.new_cache(1, 90, heads), heads, last=True)[0][0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_a_full_cache_says_so() -> None:

@@ -144,13 +144,17 @@ def stale_drafts_stay(patch: pytest.MonkeyPatch) -> None:
 
 def states_of_another_position(patch: pytest.MonkeyPatch) -> None:
     real = Stepper.draft
-    patch.setattr(Stepper, "draft", lambda s, tokens, hidden, cache: real(s, tokens, hidden.roll(1, 1), cache))
+    patch.setattr(
+        Stepper, "draft", lambda s, tokens, hidden, cache, **how: real(s, tokens, hidden.roll(1, 1), cache, **how)
+    )
 
 
 def token_before(patch: pytest.MonkeyPatch) -> None:
     """A position is read with its own token instead of the one that follows."""
     real = Stepper.draft
-    patch.setattr(Stepper, "draft", lambda s, tokens, hidden, cache: real(s, tokens.roll(1, 1), hidden, cache))
+    patch.setattr(
+        Stepper, "draft", lambda s, tokens, hidden, cache, **how: real(s, tokens.roll(1, 1), hidden, cache, **how)
+    )
 
 
 def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
@@ -212,9 +216,9 @@ def test_a_drafter_of_one_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     passes = []
     real = Stepper.draft
 
-    def draft(stepper: Stepper, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+    def draft(stepper: Stepper, tokens: Tensor, hidden: Tensor, cache: KVCache, last: bool = False) -> Tensor:
         passes.append(tokens.size(1))
-        return real(stepper, tokens, hidden, cache)
+        return real(stepper, tokens, hidden, cache, last)
 
     monkeypatch.setattr(Stepper, "draft", draft)
     for drafts in (1, 3):
