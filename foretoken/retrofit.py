@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from foretoken.checkpoint import find_checkpoint, load_adapters, load_model, read_config
 from foretoken.config import ModelConfig, ModelRecipe, Recipe, validated
@@ -106,6 +107,14 @@ def freeze(model: Model) -> None:
         parameter.requires_grad_(hf.main_name(name, model.config) is None)
 
 
+def _unlearned(now: Tensor, began: Tensor) -> bool:
+    """Whether a weight is what it began as, or all of it is smaller by the same factor, as weight decay makes it."""
+    if torch.equal(now, began):
+        return True
+    factor = (now.double() * began).sum() / (began.double() ** 2).sum()
+    return torch.allclose(now, (factor * began).to(now.dtype), rtol=1e-4, atol=0.0)
+
+
 def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
     """Of a run that started from a checkpoint: raises TrainingError where a head of `model`, or all its adapters, are
     what they began as, a frozen weight is not, or the checkpoint saved in `run` does not hold the model."""
@@ -119,7 +128,7 @@ def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> No
     }
     learning |= {"the adapters have": ".lora_B."} if recipe.lora_rank is not None else {}
     for what, part in learning.items():
-        if all(torch.equal(now[name], began[name]) for name in now if part in name):
+        if all(_unlearned(now[name], began[name]) for name in now if part in name):
             raise TrainingError(f"{run}: {what} not learned: the weights are those of the beginning")
     for name, parameter in began.items():
         if not parameter.requires_grad and not torch.equal(now[name], parameter):

@@ -22,7 +22,7 @@ from foretoken.config import OptimConfig
 from foretoken.errors import ConfigError, TrainingError
 from foretoken.lab import arithmetic, experiment, fit, heads, induction, information, intervals, nth_token, star
 from foretoken.lab.experiment import EXPERIMENTS, find, page, run_experiment, settings_of, with_summary
-from foretoken.lab.story import story, two_names
+from foretoken.lab.story import ENDINGS, HELD_OUT, MADE_UP, NAMES, ONSETS, story, two_names
 from foretoken.native import library
 from foretoken.request import Request
 from foretoken.tokenizer import train_bpe
@@ -302,9 +302,9 @@ def test_loss_of_equal_tokens_has_no_choice_points() -> None:
 
 def test_named_stories_score_second_tokens_from_the_second_mention_on() -> None:
     rng = random.Random(0)
-    tokenizer = train_bpe((story(rng, two_names(rng, 0.3)) for _ in range(150)), 600)
+    tokenizer = train_bpe((story(rng, two_names(rng, 0.3)) for _ in range(150)), 1000)
     pairs = set(induction.two_token_names(tokenizer))
-    assert len(pairs) > 100
+    assert len(pairs) > 40
     tokens, scored = induction.named_stories(tokenizer, 6, 128)
     for row, wanted in zip(tokens.tolist(), scored.tolist(), strict=True):
         places = [at for at, is_scored in enumerate(wanted) if is_scored]
@@ -318,6 +318,17 @@ def test_named_stories_score_second_tokens_from_the_second_mention_on() -> None:
             assert name[0] == " "
             assert name[1].isupper()
             assert tokenizer.encode(name) == list(pair)
+
+
+def test_names_of_the_test_are_new_but_their_syllables_are_not() -> None:
+    rng = random.Random(0)
+    learnt = {name for _ in range(20_000) for name in two_names(rng, 0.3)}
+    assert learnt == {*NAMES, *MADE_UP}
+    assert not learnt & set(HELD_OUT)
+    assert {*MADE_UP, *HELD_OUT} == {onset + ending for onset in ONSETS for ending in ENDINGS}
+    for part in (MADE_UP, HELD_OUT):
+        assert {onset for onset in ONSETS if any(name.startswith(onset) for name in part)} == set(ONSETS)
+        assert {ending for ending in ENDINGS if any(name.endswith(ending) for name in part)} == set(ENDINGS)
 
 
 # From end to end.

@@ -86,10 +86,11 @@ def test_targets_of_documents_shorter_than_n() -> None:
 # Value and gradient
 
 
-@given(BATCHES, st.sampled_from([1, 14, 50, 1 << 20]))
-def test_loss_equals_oracle(batch: Batch, chunk: int) -> None:
+@given(BATCHES, st.sampled_from([1, 14, 50, 1 << 20]), st.sampled_from([1, 3, 1 << 11]))
+def test_loss_equals_oracle(batch: Batch, chunk: int, part: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(loss, "SLICE", part)  # of the vocabulary: the batches' is smaller than the real one
         loss_is_oracle(batch)
 
 

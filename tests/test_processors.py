@@ -13,13 +13,14 @@ import torch
 from conftest import tiny_model
 from invariants import Violation, follows, require, same_output, slow_probabilities, target_logits
 from test_decode import PROMPTS
+from torch import Tensor
 
 from foretoken.completion import generate
 from foretoken.decode import decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
 from foretoken.grammar import Grammar
-from foretoken.model import Model
+from foretoken.model import Model, Stepper
 from foretoken.processors import Processing, Processors
 from foretoken.request import Request
 from foretoken.sampling import Sampling
@@ -53,6 +54,7 @@ def decoded(
     slots: int | None = None,
     seeds: Sequence[int] | None = None,
     length: int = 20,
+    nodes: int | None = None,
 ) -> list[Request]:
     requests = []
     for index, prompt in enumerate(prompts):
@@ -60,7 +62,7 @@ def decoded(
         request = Request(list(prompt), length, seeds[index] if seeds else index, frozenset([END]))
         request.processors = None if own is None else Processors(own, prompt, [END])
         requests.append(request)
-    for _ in decode(model, requests, sampling, drafts, slots, source):
+    for _ in decode(model, requests, sampling, drafts, slots, source, nodes):
         pass
     return requests
 
@@ -110,10 +112,12 @@ def test_speculative_is_plain(kind: str, name: str, sampling: Sampling) -> None:
         model = small(kind, dtype)
         plain, accepted = decoded(model, PROCESSINGS[name], 0, sampling), 0
         assert all(request.finish_reason for request in plain)
-        ways = [(k, None, None) for k in (1, 2, 3)] + [(3, None, 2), (3, Lookup(2), None), (2, small(seed=5), 2)]
-        for drafts, source, slots in ways:
+        ways: list[tuple[int, Source, int | None, int | None]] = [(k, None, None, None) for k in (1, 2, 3)]
+        ways += [(3, None, 2, None), (3, Lookup(2), None, None), (2, small(seed=5), 2, None)]
+        ways += [(2, None, None, 6), (3, None, 2, 9), (2, small(seed=5), 2, 6)]  # trees
+        for drafts, source, slots, nodes in ways:
             source = source.to(dtype) if isinstance(source, Model) else source
-            found = decoded(model, PROCESSINGS[name], drafts, sampling, source=source, slots=slots)
+            found = decoded(model, PROCESSINGS[name], drafts, sampling, source=source, slots=slots, nodes=nodes)
             for a, b in zip(found, plain, strict=True):
                 same_output(a, b, gap)
                 accepted += sum(step.accepted for step in a.steps)
@@ -153,11 +157,32 @@ def law(model: Model, processing: Processing, prompt: Sequence[int], length: int
     return np.array(joint)
 
 
-@pytest.mark.parametrize("bug", [False, True], ids=["right", "blind"])
+def blind(patch: pytest.MonkeyPatch) -> None:
+    """Processors forget the drafts."""
+    real = Processors.apply
+    patch.setattr(Processors, "apply", lambda own, logits, ids, further: real(own, logits, ids, ()))
+
+
+def bonus_of_the_position_before(patch: pytest.MonkeyPatch) -> None:
+    """The token behind the drafts is picked where the last of them was."""
+    real = Stepper.forward
+
+    def forward(own: Stepper, tokens: Tensor, *rest: Any, **how: Any) -> tuple[Tensor, Tensor]:
+        hidden, z = real(own, tokens, *rest, **how)
+        if tokens.size(1) == 3:  # a step: the prompt has two tokens
+            hidden[0, :, 2] = hidden[0, :, 1]
+        return hidden, z
+
+    patch.setattr(Stepper, "forward", torch.inference_mode()(forward))
+
+
+@pytest.mark.parametrize("bug", [None, blind, bonus_of_the_position_before])
 @pytest.mark.parametrize("accept", ["keyed", "rejection"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_law(kind: str, accept: Any, bug: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The joint law of three tokens with processors on; and that it sees penalties which forget the drafts."""
+def test_law(
+    kind: str, accept: Any, bug: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joint law of the first token, two drafts and the one behind them, with processors; it sees bugs."""
     model, sampling = small(kind, width=8, vocab=5, seed=3), Sampling(1.0, accept=accept)
     with torch.no_grad():
         model.lm_head.weight.mul_(25)
@@ -165,17 +190,16 @@ def test_law(kind: str, accept: Any, bug: bool, monkeypatch: pytest.MonkeyPatch)
             if p.dim() == 2 and name != "lm_head.weight":
                 p.mul_(12)
     processing = Processing(1.5, 0.5, 1.0, {1: 0.7}, 3)
-    probabilities = law(model, processing, [1, 2], 3, sampling)
+    probabilities = law(model, processing, [1, 2], 4, sampling)
     if bug:
-        real = Processors.apply
-        monkeypatch.setattr(Processors, "apply", lambda own, logits, ids, further: real(own, logits, ids, ()))
-    requests = decoded(model, processing, 2, sampling, [[1, 2]] * 3000, seeds=range(3000), length=3)
-    cells = [sum(token * 5 ** (2 - k) for k, token in enumerate(request.ids)) for request in requests]
+        bug(monkeypatch)
+    requests = decoded(model, processing, 2, sampling, [[1, 2]] * 3000, seeds=range(3000), length=4)
+    cells = [sum(token * 5 ** (3 - k) for k, token in enumerate(request.ids)) for request in requests]
     if bug:
         with pytest.raises(Violation):
-            follows(np.bincount(cells, minlength=125), probabilities)
+            follows(np.bincount(cells, minlength=625), probabilities)
     else:
-        follows(np.bincount(cells, minlength=125), probabilities)
+        follows(np.bincount(cells, minlength=625), probabilities)
 
 
 # Grammars

@@ -217,8 +217,14 @@ def test_stopped_and_resumed_it_is_the_same_run(plain: Path, corpus: Path, tmp_p
     assert same_weights(tmp_path / "whole", stopped)
 
 
-def test_a_head_that_has_not_learned_is_an_error(plain: Path, corpus: Path, tmp_path: Path) -> None:
-    wanted = retrofitted(plain, corpus, "loss.head_weights=[1, 1, 0, 1]", "optim.weight_decay=0")
+@pytest.mark.parametrize("decay", [0, 0.1])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_head_that_has_not_learned_is_an_error(
+    optimizer: str, decay: float, plain: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Weight decay changes it all the same."""
+    changes = ("loss.head_weights=[1, 1, 0, 1]", f"optim.weight_decay={decay}", f"optim.name={optimizer}")
+    wanted = retrofitted(plain, corpus, *changes)
     with pytest.raises(TrainingError, match="head 3 has not learned"):
         train(wanted, tmp_path / "run")
 

@@ -2,15 +2,14 @@
 
 1. Stories, and a BPE trained on them. In training a name is one of a list or two syllables put together.
 2. Models with n = 1 and 2 heads at equal total blocks learn them.
-3. Test stories are about names that are exactly two tokens, drawn from all that the tokenizer holds. Counted is the
-   top-1 accuracy of head 1 on a name's second token, behind its first one, from the second mention on.
+3. Test stories are about names of exactly two tokens that were put together of the same syllables and never trained
+   on. Counted is the top-1 accuracy of head 1 on a name's second token, from the second mention on.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from foretoken.data import prepare, split_documents
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.fit import Sample, fit
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.story import NAMES, story, two_names
+from foretoken.lab.story import HELD_OUT, story, two_names
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer, train_bpe
 from foretoken.tokenizer import load as load_tokenizer
@@ -60,21 +59,9 @@ def data_of(settings: Settings, out: Path) -> DataConfig:
 
 
 def two_token_names(tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """All pairs of tokens that are one name behind a space, and nothing that was trained on."""
-    firsts, seconds = list[int](), list[int]()
-    for token in range(tokenizer.vocab_size):
-        text = tokenizer.decode([token])
-        if re.fullmatch(r" [A-Z][a-z]+", text):
-            firsts.append(token)
-        elif re.fullmatch(r"[a-z]{2,}", text):
-            seconds.append(token)
-    found = []
-    for first in firsts:
-        for second in seconds:
-            name = tokenizer.decode([first, second])
-            if name.strip() not in NAMES and tokenizer.encode(name) == [first, second]:
-                found.append((first, second))
-    return found
+    """The names held out that are two tokens behind a space."""
+    encoded = [tokenizer.encode(f" {name}") for name in HELD_OUT]
+    return [(ids[0], ids[1]) for ids in encoded if len(ids) == 2]
 
 
 def named_stories(tokenizer: Tokenizer, count: int, length: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +179,7 @@ EXPERIMENT = Experiment(
     "interval that leaves 0 out.",
     sizes={
         "smoke": _size(
-            ("toy",), 1, stories=60, vocab_size=500, seq_len=64, batch=2, tested=8, steps=4, check_every=2, lr=1e-2,
+            ("toy",), 1, stories=150, vocab_size=1000, seq_len=64, batch=2, tested=8, steps=4, check_every=2, lr=1e-2,
             warmup=1,
         ),
         "cpu": _size(
@@ -212,7 +199,9 @@ EXPERIMENT = Experiment(
     intervals="Student's t intervals at 95 % over the seeds; differences are paired by seed.",
     notes="""\
 Stories come from templates (`foretoken/lab/story.py`); `--data` adds files of records with a field `split`, such as
-public-domain children's stories. Of the names in training 30 % are two syllables put together, the others common ones.
+public-domain children's stories. Of the names in training 30 % are two syllables put together, the others common ones;
+names of the test are put together of the same syllables, and one such name in eight is kept for it, so each of its
+tokens has been part of names, while the paper's are any two tokens, some of which were never trained at all.
 Sizes are the paper's, without embeddings; the vocabulary is small, because with the paper's 32,000 tokens the
 unembedding would be most of such a model and n = 2 nearly twice the work. The oracle takes each run at its best check
 on the test itself, as the paper does; the verdict does not use it.""",

@@ -26,6 +26,9 @@ ENDINGS = _words(
     """bby dek fin gan hle jor kim las lvo mbo mel nda nix nto pel quin rah rdo ric rsha ska sno tam tto vak vin wen xel
     yra zak zel"""
 )
+# Names put together, of which one in eight is never in a story to learn from: every onset and ending is in some.
+MADE_UP = [onset + ending for i, onset in enumerate(ONSETS) for j, ending in enumerate(ENDINGS) if (i + j) % 8]
+HELD_OUT = [onset + ending for i, onset in enumerate(ONSETS) for j, ending in enumerate(ENDINGS) if not (i + j) % 8]
 
 SLOTS = {
     "animal": "a small dog|an old cat|a brown rabbit|a grey mouse|a green frog|a shy fox|a fat duck|a little bird",
@@ -82,10 +85,10 @@ def _filled(line: str, who: dict[str, str], rng: random.Random) -> str:
 
 
 def two_names(rng: random.Random, made_up: float) -> list[str]:
-    """Two different names: from the list or, with this chance each, an onset and an ending put together."""
+    """Two different names to learn from: of the list or, with this chance each, put together."""
     found: list[str] = []
     while len(found) < 2:
-        name = rng.choice(ONSETS) + rng.choice(ENDINGS) if rng.random() < made_up else rng.choice(NAMES)
+        name = rng.choice(MADE_UP if rng.random() < made_up else NAMES)
         if name not in found:
             found.append(name)
     return found
