@@ -107,7 +107,7 @@ class Batch:
         self.count = 0  # steps
         self.nodes, self.adaptive = nodes, drafts is None
         if drafts is None:
-            self.pace = step_pace(self.stepper, rows, source, draft_vocab)
+            self.pace = step_pace(self.stepper, rows, source, draft_vocab, sampling.temperature)
             drafts = len(self.pace.costs) - 1
         elif nodes is not None:
             self.pace = tree_pace(self.stepper, drafts, source)

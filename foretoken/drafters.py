@@ -119,46 +119,55 @@ def most_drafts(stepper: Stepper, source: Source) -> int:
     return stepper.config.n_future - (0 if stepper.config.goes_on else 1)
 
 
-def step_pace(stepper: Stepper, rows: int, source: Source = None, draft_vocab: int | None = None) -> Pace:
-    """The pace of steps of `rows` rows, measured when it is first asked for and kept with the stepper.
+def step_pace(
+    stepper: Stepper, rows: int, source: Source = None, draft_vocab: int | None = None, temperature: float = 0.0
+) -> Pace:
+    """The pace of steps of `rows` rows, whose costs are measured when first asked for; kept with the stepper.
 
     draft_vocab: how many first tokens drafts are among; where nobody says, smaller vocabularies are tried.
+    temperature: what is accepted at another one tells little, so each has a pace of its own, to a quarter.
     """
-    if (rows, source, draft_vocab) not in stepper.paces:
-        length, V = min(128, stepper.config.max_position_embeddings), stepper.config.vocab_size
-        requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
-        sampling = Sampling(1.0)
+    steps, heat = (rows, source, draft_vocab), round(4 * min(temperature, 2.0))
+    if (steps, heat) not in stepper.paces:
+        known = next((pace for (same, _), pace in stepper.paces.items() if same == steps), None)
+        stepper.paces[steps, heat] = known.anew() if known else _measured(stepper, *steps)
+    return stepper.paces[steps, heat]
 
-        def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], object]:
-            room = length + 3 * drafts + 2 + WIDTH
-            drafter = make_drafter(stepper, drafts, rows, room, source)
-            cache = stepper.new_cache(rows, room, drafter.heads)
-            drafter.tree, drafter.draft_vocab = tree, among
-            tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
-            keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
 
-            def run() -> None:
-                cache.lengths = [length] * rows
-                drafter.stand(cache.lengths)
-                drafter.turn(requests, tokens, cache, keys, tree)
+def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | None) -> Pace:
+    length, V = min(128, stepper.config.max_position_embeddings), stepper.config.vocab_size
+    requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
+    sampling = Sampling(1.0)
 
-            return run
+    def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], object]:
+        room = length + 3 * drafts + 2 + WIDTH
+        drafter = make_drafter(stepper, drafts, rows, room, source)
+        cache = stepper.new_cache(rows, room, drafter.heads)
+        drafter.tree, drafter.draft_vocab = tree, among
+        tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
+        keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
 
-        most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
-        steps = [step(drafts) for drafts in range(most + 1)]
-        further = WIDTH - 1 if most and not isinstance(source, Lookup) and V >= WIDTH else 0
-        if further:
-            steps.append(step(most, Tree((*range(most), *[0] * further), (*[0] * most, *range(1, WIDTH)))))
-        sizes = smaller_vocabularies(stepper, source) if most and draft_vocab is None else []
-        costs = measured_costs([*steps, *(step(most, None, sizes[-1]) for _ in sizes[:1])])
-        smallest = costs.pop() if sizes else 0.0
-        costs = never_falling(costs)
-        row = (costs.pop() - costs[-1]) / further if further else math.inf
-        branching = source is None and not stepper.config.drafts_follow
-        gained = max(0.0, costs[-1] - smallest)
-        spared = {size: gained * (V - size) / (V - sizes[-1]) for size in sizes}
-        stepper.paces[rows, source, draft_vocab] = Pace(costs, row, branching, spared)
-    return stepper.paces[rows, source, draft_vocab]
+        def run() -> None:
+            cache.lengths = [length] * rows
+            drafter.stand(cache.lengths)
+            drafter.turn(requests, tokens, cache, keys, tree)
+
+        return run
+
+    most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
+    steps = [step(drafts) for drafts in range(most + 1)]
+    further = WIDTH - 1 if most and not isinstance(source, Lookup) and V >= WIDTH else 0
+    if further:
+        steps.append(step(most, Tree((*range(most), *[0] * further), (*[0] * most, *range(1, WIDTH)))))
+    sizes = smaller_vocabularies(stepper, source) if most and draft_vocab is None else []
+    costs = measured_costs([*steps, *(step(most, None, sizes[-1]) for _ in sizes[:1])])
+    smallest = costs.pop() if sizes else 0.0
+    costs = never_falling(costs)
+    row = (costs.pop() - costs[-1]) / further if further else math.inf
+    branching = source is None and not stepper.config.drafts_follow
+    gained = max(0.0, costs[-1] - smallest)
+    spared = {size: gained * (V - size) / (V - sizes[-1]) for size in sizes}
+    return Pace(costs, row, branching, spared)
 
 
 def smaller_vocabularies(stepper: Stepper, source: Source) -> list[int]:

@@ -183,7 +183,7 @@ class Stepper:
         self.further = [BlockStack([block]) for block in others] if kind == "causal" else []
         self.tables: tuple[Tensor, Tensor] | None = None
         self.made_from = _addresses(model)
-        self.paces: dict[object, Pace] = {}  # by batch size and where drafts come from
+        self.paces: dict[tuple[object, int], Pace] = {}  # by what steps cost, and temperature
         self.native = self._native() if compiled else None
         self.free: list[tuple[Tensor, Tensor]] = []  # memory of caches that are gone
         self.graphs = Graphs(*self.parts()) if compiled and model.device.type == "cuda" else None

@@ -55,6 +55,10 @@ class Pace:
         self.others = [[[2 * GUESS, 2.0] for _ in range(WIDTH)] for _ in costs]
         self.refused = 0  # requests that began without drafts
 
+    def anew(self) -> Pace:
+        """One with the same costs that has seen nothing."""
+        return Pace(self.costs, self.row, self.branching, {n: spared for n, spared in self.spared.items() if n})
+
     def record(
         self, trees: Sequence[Tree], paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] = (),
         draft_vocab: int | None = None,

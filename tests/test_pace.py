@@ -145,12 +145,12 @@ def test_what_a_smaller_vocabulary_spares() -> None:
 def test_output_does_not_depend_on_the_vocabulary_of_drafts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafters, "SMALLEST_VOCABULARY", 64)
     model, seen = tiny_model(head_kind=kind, vocab=300, peaked=False, seed=1), set()
-    pace = step_pace(model.stepper(), len(PROMPTS))
-    assert list(pace.spared) == [None, 128, 64]
-    monkeypatch.setattr(pace, "_choose_vocabulary", lambda: setattr(pace, "draft_vocab", next(sizes)))
     sizes = itertools.cycle([128, None, 64])
-    pace.costs = [1.0] * len(pace.costs)  # all drafts pay
     for sampling in (Sampling(), Sampling(0.8, top_p=0.9)):
+        pace = step_pace(model.stepper(), len(PROMPTS), temperature=sampling.temperature)
+        assert list(pace.spared) == [None, 128, 64]
+        monkeypatch.setattr(pace, "_choose_vocabulary", lambda pace=pace: setattr(pace, "draft_vocab", next(sizes)))
+        pace.costs = [1.0] * len(pace.costs)  # all drafts pay
         plain, chosen = run(model, PROMPTS, 0, sampling, 60), run(model, PROMPTS, None, sampling, 60)
         for a, b in zip(chosen, plain, strict=True):
             same_output(a, b)
@@ -158,12 +158,26 @@ def test_output_does_not_depend_on_the_vocabulary_of_drafts(kind: str, monkeypat
     assert seen == {0, 1, 2, 3, 4}
 
 
+def test_temperatures_do_not_learn_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, measured = tiny_model(seed=1), list[object]()
+    real = drafters.measured_costs
+    monkeypatch.setattr(drafters, "measured_costs", lambda steps: measured.append(steps) or real(steps))
+    for temperature in (0.0, 0.8):
+        run(model, PROMPTS, None, Sampling(temperature))
+    cold, warm, near = (step_pace(model.stepper(), len(PROMPTS), temperature=t) for t in (0.0, 0.8, 0.75))
+    assert warm is near
+    assert warm.costs == cold.costs
+    assert (warm.row, warm.branching, warm.spared) == (cold.row, cold.branching, cold.spared)
+    assert cold.all_tried != warm.all_tried != Pace(warm.costs).all_tried
+    assert len(measured) == 1
+
+
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 @pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
 def test_output_does_not_depend_on_the_pace(kind: str, costs: list[float]) -> None:
     model = tiny_model(head_kind=kind, peaked=False, seed=1)
     for sampling in (Sampling(), Sampling(0.8, top_p=0.9)):
-        pace = step_pace(model.stepper(), len(PROMPTS))
+        pace = step_pace(model.stepper(), len(PROMPTS), temperature=sampling.temperature)
         pace.costs = costs + [1.4] * (len(pace.costs) - len(costs))
         for _ in range(2):
             plain, chosen = run(model, PROMPTS, 0, sampling), run(model, PROMPTS, None, sampling)
