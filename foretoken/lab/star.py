@@ -187,12 +187,12 @@ def _sizes() -> dict[str, Settings]:
     def arms(graphs: dict[str, Any]) -> list[str]:
         return [f"{graph}-{arm}" for graph in graphs for arm in ARMS]
 
-    model = {"width": 64, "layers": 3, "heads": 4, "batch": 64, "lr": 4e-3, "muon_lr": 0.01, "warmup": 100}
+    model = {"width": 64, "layers": 3, "heads": 4, "batch": 64, "lr": 2e-3, "muon_lr": 0.02, "warmup": 100}
     tests = {"tested": 1000, "decoded": 200, "check_every": 250}
     cpu = {
-        "3x3": {"arms": 3, "length": 3, "labels": 20, "steps": 4000},
-        "3x5": {"arms": 3, "length": 5, "labels": 20, "steps": 3000},
-        "5x3": {"arms": 5, "length": 3, "labels": 20, "steps": 3000},
+        "3x3": {"arms": 3, "length": 3, "labels": 20, "steps": 3000},
+        "3x5": {"arms": 3, "length": 5, "labels": 20, "steps": 2000},
+        "5x3": {"arms": 5, "length": 3, "labels": 20, "steps": 2000},
     }
     gpu = {f"{d}x{l}": {"arms": d, "length": l, "labels": 30, "steps": 4000} for d, l in ((3, 3), (3, 5), (5, 3))}
     toy = {"2x2": {"arms": 2, "length": 2, "labels": 6, "steps": 6}}
