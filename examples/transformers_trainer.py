@@ -27,7 +27,7 @@ class MTPTrainer(Trainer):
     """Rows are `input_ids` (B, T + n) and `labels`, which are -100 where nothing is to be learned: prompts, padding."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """The heads' losses, each the mean over its own targets."""
+        """The heads' losses, each the mean over its own targets; of accumulated steps the Trainer takes the mean."""
         windows = inputs["input_ids"]
         labels = targets(windows, torch.zeros_like(windows), inputs["labels"] != -100, n)
         hidden = model(windows, windows.size(1) - n)

@@ -71,6 +71,7 @@ def decode(
             typer.echo(json.dumps(result))
         else:
             display.result(table(result["rows"]))
+            display.result(f"memory: {result['bandwidth_gb_s']:.1f} GB/s, by the {result['bandwidth_measured']}")
 
 
 @bench.command("train", epilog="Example: foretoken bench train --vocabulary 32000 --heads 1 --heads 4 --out train.json")

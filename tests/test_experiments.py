@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from scipy import stats
 from small_runs import write_corpus
 from test_readme import run as run_command
+from torch import Tensor
 
 from foretoken.config import OptimConfig
 from foretoken.errors import ConfigError, TrainingError
@@ -135,6 +137,37 @@ def test_fit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
             assert torch.equal(value, fresh.state_dict()[name]), name
     assert [h["seen"] for h in whole] == [3, 6, 9, 10]
     assert len(whole[0]["losses"]) == 3
+
+
+def test_with_one_head_the_loop_is_ordinary_training(tmp_path: Path) -> None:
+    """Cross-entropy of the next token in a plain loop, with torch's own AdamW: what n is compared with is no bug."""
+    given, plain = (tiny_model(n_future=1, dtype=torch.float32, peaked=False) for _ in range(2))
+    settings = {"lr": 3e-3, "weight_decay": 0.0, "warmup_steps": 0, "final_lr_ratio": 1.0}
+    config = OptimConfig(name="adamw", **settings)
+    is_target = torch.arange(12).expand(8, -1) >= 4
+
+    def tokens_of(step: int) -> Tensor:
+        return torch.randint(0, 17, (8, 12), generator=torch.Generator().manual_seed(step))
+
+    def sample(step: int) -> fit.Sample:
+        return fit.whole_sequences(tokens_of(step), is_target, 1)
+
+    history = fit.fit(given, sample, 12, config, tmp_path, check=lambda step: {}, check_every=1)
+    adam = torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=config.betas, eps=config.eps, weight_decay=0.0)
+    for step in range(12):
+        tokens = tokens_of(step)
+        x = plain.embed_tokens(tokens[:, :-1])
+        for block in (*plain.trunk, *plain.heads):
+            x = block(x, plain.context(11))
+        logits = F.linear(plain.norm(x), plain.lm_head.weight)
+        loss = F.cross_entropy(logits[is_target[:, 1:]], tokens[:, 1:][is_target[:, 1:]])
+        assert history[step]["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), config.clip)
+        adam.step()
+    for (name, a), b in zip(given.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), name
 
 
 def test_fit_learns_the_targets_alone(tmp_path: Path) -> None:

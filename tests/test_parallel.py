@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import recipe, weights
+from small_runs import overrides, recipe, weights
 
 from foretoken.checkpoint import load_model, newest_step, step_checkpoints
 from foretoken.files import read_json
@@ -71,6 +72,27 @@ def test_a_run_that_goes_on_with_others(corpus: Path, tmp_path: Path) -> None:
     done = run(1, corpus, out, resume=True)
     assert done.returncode == 0, done.stderr
     close_runs(out, tmp_path / "one")
+
+
+def test_slurm_starts_them_too(corpus: Path, tmp_path: Path) -> None:
+    """By its own variables, and the command that one process is started with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sets = [part for change in overrides(corpus, *STEPS) for part in ("--set", change)]
+    command = [sys.executable, "-m", "foretoken", "train", "tiny", "--out", str(tmp_path / "run"), *sets]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in ("0", "1"):
+        environment = os.environ | common | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        started.append(
+            subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    train(recipe(corpus, *STEPS), tmp_path / "one")
+    close_runs(tmp_path / "run", tmp_path / "one")
 
 
 def test_a_killed_process_ends_all_and_harms_no_checkpoint(corpus: Path, tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def summarise(found: Figures) -> Figures:
         shown = ", ".join(f"{arm} {v['successes']} of {v['count']}" for arm, v in here.items())
         said = [f"{' and '.join(better)} above the next token alone"] if better else []
         said += [f"{' and '.join(rest)} not shown to be above it"] if rest else []
+        ranked = sorted(((v["found"].value, arm) for arm, v in here.items()), reverse=True)
+        said.append("by paths found " + ", ".join(f"{arm} {100 * share:.0f} %" for share, arm in ranked))
         verdicts.append(f"G({graph.replace('x', ',')}): runs that solve it {shown}; {'; '.join(said)}.")
     return {"arms": arms, "verdict": " ".join(verdicts)}
 
