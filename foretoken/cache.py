@@ -46,8 +46,11 @@ class KVCache:
 
     @cached_property
     def address(self) -> tuple[object, ...]:
-        """Where it lies: what has been captured for it serves any cache of this shape there."""
-        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape
+        """Where it lies: what has been captured for it serves any cache of this layout there.
+
+        A row of a larger cache may begin where a cache of one row lay before, but its blocks lie further apart.
+        """
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape, self.keys.stride()
 
     def positions(self, count: int) -> Tensor:
         """Absolute positions (B, count) that the next `count` tokens of every row get."""

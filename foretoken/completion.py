@@ -65,10 +65,12 @@ class TextRequest(Request):
     def commit(self, token: int, logprob: float) -> None:
         """As `Request.commit`; a stop string that appears is cut off with what follows it."""
         super().commit(token, logprob)
-        if not self.stop or (self.processors and len(self.ids) < self.processors.processing.min_tokens):
+        if not self.stop:
             return
         searched = len(self.text)
         self.read_on()
+        if self.processors and len(self.ids) < self.processors.processing.min_tokens:
+            return
         found = [at for s in self.stop if (at := self.text.find(s, max(0, searched - len(s) + 1))) >= 0]
         if found:
             self.text, self.finish_reason = self.text[: min(found)], "stop"
@@ -188,6 +190,10 @@ def begin(
 
     For those who time the loop or look at it on its way; `finished` makes a Generation of a request that has ended.
     """
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise ConfigError(f"unknown option {min(unknown)}: there are {', '.join(sorted(Options.__annotations__))}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(f"tokenizer of {tokenizer.vocab_size} tokens beside a model of {model.config.vocab_size}")
     sampling = Sampling(
         options.get("temperature", 0.0),
         options.get("top_k", 0),
@@ -198,7 +204,7 @@ def begin(
     size = options.get("batch_size", 16)
     if size < 1:
         raise ConfigError(f"batch_size = {size} must be at least 1")
-    max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop", ())
+    max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop") or ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")

@@ -196,6 +196,8 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
     """Raises ConfigError for a K or a prompt that the model cannot run."""
     n, limit = model.config.n_future, model.config.max_position_embeddings
     drafts = drafts or 0
+    if not (source is None or isinstance(source, Lookup | Model)):
+        raise ConfigError(f"drafts come from a Model or a Lookup, and not from {source!r:.80}")
     if isinstance(source, Model):
         if source.config.vocab_size != model.config.vocab_size:
             raise ConfigError(
@@ -212,6 +214,8 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
     for request in requests:
         if not request.prompt:
             raise ConfigError("the prompt holds no token, and this tokenizer has no token that begins a text")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < model.config.vocab_size:
+            raise ConfigError(f"the prompt holds a token that is none of the model's {model.config.vocab_size}")
         if len(request.prompt) + request.max_tokens > limit:
             raise ConfigError(
                 f"prompt of {len(request.prompt)} tokens + {request.max_tokens} new ones exceed the model's "

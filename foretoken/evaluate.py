@@ -95,15 +95,15 @@ def evaluation_documents(
 ) -> Iterator[Document]:
     """The documents to score a checkpoint on.
 
-    Without `sources`, or with one that it was trained on and no `split`: what its training held out. Other sources:
-    the part `split` names, by default all. fields: of records, as `DataConfig` names them. Raises DataError, and
-    ConfigError, too, where there are fields and no records.
+    Without `sources`, or with those that it was trained on: what its training held out, or what else `split` names.
+    Other sources: the part `split` names, by default all. fields: of records, as `DataConfig` names them. Raises
+    DataError, and ConfigError, too, where there are fields and no records.
     """
     if split not in (None, "all", "train", "validation"):
         raise ConfigError(f"--split {split}: must be all, train or validation")
     recipe = recorded_recipe(checkpoint)
     trained_on = dict(recipe["data"]) if recipe else None
-    if trained_on and (not sources or (split is None and list(sources) == trained_on.get("source"))):
+    if trained_on and (not sources or (split != "all" and list(sources) == trained_on.get("source"))):
         config = validated(DataConfig, trained_on | dict(fields or {}), "foretoken.json and options: data")
         split = split or "validation"
     elif sources:

@@ -58,9 +58,10 @@ class GrammarMatcher:
     def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
         """See `processors.Matcher`."""
         self._follow(ids)
-        if self.matcher.is_error() or any(token in self.ends for token in further):
+        if self.matcher.is_error():
             return None
-        followed = self.matcher.try_consume_tokens(list(further))
+        further = [token for token in further if token not in self.ends]  # as `_follow` does
+        followed = self.matcher.try_consume_tokens(further)
         fits = followed == len(further) and not self.matcher.is_stopped()
         allowed = (
             torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0 if fits else None

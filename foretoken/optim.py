@@ -32,9 +32,9 @@ def make_optimizers(model: Model, config: OptimConfig) -> list[torch.optim.Optim
     ]
     groups = [group for group in groups if group["params"]]
     # Not fused: that kernel ignores strides, and a parameter that has decoded is a strided view (`BlockStack`).
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-    ]
+    optimizers = list[torch.optim.Optimizer]()
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps))
     if config.name == "muon" and in_blocks:
         muon = [{"params": in_blocks, "peak_lr": config.muon_lr}]
         optimizers.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))

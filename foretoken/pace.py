@@ -74,7 +74,7 @@ class Pace:
                 seen[0] = seen[0] * keep + sum(token < size for token in right_ones)
                 seen[1] = seen[1] * keep + len(right_ones)
         one = 1 / max(GUESS, self.share(draft_vocab))  # rates are kept as they would be with all tokens
-        for depth in range(max(tree.depths[-1] for tree in trees)):
+        for depth in range(max(max(tree.depths) for tree in trees)):
             asked = first = 0
             for tree, path in zip(trees, paths, strict=True):
                 if depth >= len(path):

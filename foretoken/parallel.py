@@ -119,6 +119,13 @@ def shard(model: Model, world: World, within: int) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def spread_again(model: Model) -> None:
+    """Let go of what a forward without a backward gathered: parameters are those that the optimisers hold again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's all, in every process; all of them must ask. Others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

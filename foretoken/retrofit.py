@@ -41,6 +41,8 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
     assert recipe.start_from is not None
     folder = find_checkpoint(recipe.start_from)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {config.vocab_size}")
     if seq_len > config.max_position_embeddings:
         raise ConfigError(
             f"train.seq_len = {seq_len} exceeds the {config.max_position_embeddings} positions of {folder}"

@@ -269,6 +269,7 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
     if config.split_field is not None:
         yield from ((d, "train" if d.split in ("train", None) else "validation") for d in source)
     elif config.validation:
+        _require_apart(config.source, config.validation)
         yield from ((d, "train") for d in source)
         yield from ((d, "validation") for d in documents(config, config.validation))
     else:
@@ -277,6 +278,19 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
             yield from (part for d in first for part in _cut(d, config.validation_fraction))
         else:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
+
+
+def _require_apart(source: Sequence[str], validation: Sequence[str]) -> None:
+    """Raises ConfigError where a source to validate on is one to train on, too."""
+
+    def held(names: Sequence[str]) -> set[str]:
+        files = (str(file.resolve()) for name in names if not name.startswith("hf:") for file in source_files(name))
+        return {*files, *(name for name in names if name.startswith("hf:"))}
+
+    if both := sorted(held(source) & held(validation)):
+        raise ConfigError(
+            f"data.validation: {both[0]} is in data.source, too; name there what is to be trained on alone"
+        )
 
 
 def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, Split]]:

@@ -34,7 +34,7 @@ from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, ta
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.packing import restarted_positions
-from foretoken.parallel import ALONE, World, join_world, shard
+from foretoken.parallel import ALONE, World, join_world, shard, spread_again
 from foretoken.provenance import Provenance
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
@@ -119,6 +119,8 @@ def _join(recipe: Recipe) -> World:
     """The processes that train together, where what the recipe asks for is there."""
     metrics.check_extras(recipe.train)
     world = join_world(_device(recipe.train).type)
+    if recipe.train.batch_size % world.size:
+        raise ConfigError(f"batch_size = {recipe.train.batch_size} is not a multiple of the {world.size} processes")
     if world.size > 1 and recipe.loss.method == "sequential":
         raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
     check_lora(recipe.model, world)
@@ -272,10 +274,12 @@ def _packed(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor | None, tor
 @torch.no_grad()
 def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Record:
     """Losses on the first `eval_windows` validation windows, always the same; whole documents are `evaluate`'s."""
-    size, meter = held_out.batch_size, _meter(recipe, held_out.tokens)
+    meter, wanted = _meter(recipe, held_out.tokens), min(recipe.train.eval_windows, held_out.windows_per_epoch)
     model.eval()
-    for index in range(-(-min(recipe.train.eval_windows, held_out.windows_per_epoch) // size)):
-        batch = _to(held_out.batch(index), model.device)
+    for first in range(0, wanted, held_out.batch_size):
+        batch, left = held_out.batch(first // held_out.batch_size), wanted - first
+        batch = Batch(batch.tokens[:left], batch.document_ids[:left], batch.label_mask[:left])
+        batch = _to(batch, model.device)
         labels = _targets(batch, recipe)
         documents, positions = _packed(batch, recipe.train)
         with _autocast(model, recipe.train):
@@ -283,6 +287,7 @@ def _validate(model: Model, held_out: Windows, recipe: Recipe, step: int) -> Rec
             times = len(labels) // len(hidden)
             output = mtp_loss(hidden * times, model.unembeddings() * times, labels, torch.ones(len(labels)))
         meter.add(output, valid_counts(labels), batch.document_ids)
+    spread_again(model)
     model.train()
     return meter.take("validation", step)
 

@@ -86,6 +86,17 @@ def test_equal_to_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STYLES)
+def test_what_is_saved_renders_in_transformers(name: str, tmp_path: Path) -> None:
+    """Marks of the template stay tokens there."""
+    tokenizer = STYLES[name].tokenizer
+    tokenizer.save(tmp_path)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    for messages in (SHORT, of_style(STYLES[name], LONG)):
+        wanted = encoded(ChatTemplate(tokenizer), messages).ids.tolist()
+        assert theirs.apply_chat_template(messages)["input_ids"] == wanted
+
+
+@pytest.mark.parametrize("name", STYLES)
 def test_what_the_assistant_says_is_learned(name: str) -> None:
     style = STYLES[name]
     template = ChatTemplate(style.tokenizer)

@@ -217,6 +217,8 @@ def test_validation_sources(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).write_text(name)
     assert splits(config(tmp_path, tmp_path / "a", validation=(str(tmp_path / "b"),))) == (["a"], ["b"])
+    with pytest.raises(ConfigError, match=r"data.validation: .* is in data.source, too"):
+        splits(config(tmp_path, tmp_path / "[ab]", validation=(str(tmp_path / "b"),)))
 
 
 def test_hash_split_keeps_equal_documents_together(tmp_path: Path) -> None:

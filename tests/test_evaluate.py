@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import recipe
 from tokenizers import processors
 
 from foretoken import evaluate as evaluation
@@ -21,11 +23,12 @@ from foretoken.completion import generate
 from foretoken.config import DataConfig, ModelConfig, Unembedding
 from foretoken.data import prepare
 from foretoken.errors import ConfigError, DataError
-from foretoken.evaluate import Evaluation, HeadScores, Scores, agreements, evaluate, walk
+from foretoken.evaluate import Evaluation, HeadScores, Scores, agreements, evaluate, evaluation_documents, walk
 from foretoken.loss import IGNORE
 from foretoken.model import Model
 from foretoken.sources import Document
 from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from foretoken.train import train
 
 BYTES = byte_tokenizer()
 LETTERS = "abcd"
@@ -203,7 +206,7 @@ def test_documents_are_framed_as_in_training(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"q": d.prompt, "a": d.text}) + "\n" for d in DOCUMENTS))
     config = DataConfig(
         source=(str(path),),
-        validation=(str(path),),
+        validation=(str(shutil.copy(path, tmp_path / "others.jsonl")),),
         prompt_field="q",
         response_field="a",
         cache_dir=str(tmp_path / "cache"),
@@ -447,3 +450,16 @@ def test_options_that_cannot_be_are_one_line(options: dict[str, int], message: s
 def test_tokenizer_of_another_vocabulary_is_an_error() -> None:
     with pytest.raises(ConfigError, match="tokenizer of 260 tokens, model of 200"):
         evaluate(make_model(vocab=200), DOCUMENTS, BYTES)
+
+
+def test_the_data_of_training_keeps_its_split(corpus: Path, tmp_path: Path) -> None:
+    """Named again, with a split or without: never what was trained on, by the split that training used."""
+    wanted = recipe(corpus, "train.steps=1")
+    train(wanted, tmp_path / "run")
+    held_out = [d.text for d in evaluation_documents(tmp_path / "run")]
+    learnt = [d.text for d in evaluation_documents(tmp_path / "run", split="train")]
+    assert held_out
+    assert not {*held_out} & {*learnt}
+    for split, texts in (("validation", held_out), (None, held_out), ("train", learnt)):
+        assert [d.text for d in evaluation_documents(tmp_path / "run", wanted.data.source, split)] == texts
+    assert len([*evaluation_documents(tmp_path / "run", wanted.data.source, "all")]) == 12

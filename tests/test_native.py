@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import os
 import platform
 import random
@@ -626,6 +627,29 @@ def test_two_thousand_requests(kind: str) -> None:
         (alone,) = through(model, [Request(request.prompt, request.max_tokens, request.seed)], 0, SOFT)
         assert request.ids == alone.ids[: len(request.ids)]
         assert request.finish_reason == "cancelled" or request.ids == alone.ids
+
+
+def test_caches_that_lie_where_others_lay() -> None:
+    """A row of four, of which blocks lie four rows apart, begins where a cache of one row lay before."""
+    model = small(layers=5)
+    stepper, c, capacity = model.stepper(), model.config, 64
+    blocks = len(stepper.trunk) + 1
+    memory = [torch.zeros(blocks * 4 * c.num_key_value_heads * capacity * c.head_dim) for _ in range(2)]
+
+    def logits(rows: int) -> Tensor:
+        shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
+        keys, values = (side[: math.prod(shape)].view(shape) for side in memory)
+        cache = KVCache(*shape, model.dtype, model.device, (keys, values))
+        cache.select([])
+        for first in range(1, min(rows, 2) + 1):
+            row = cache.vacant()
+            stepper.forward(torch.tensor([[first, 2, 3, 4, 5]]), row, 1)
+            cache.join(row)
+        return stepper.logits(stepper.forward(torch.tensor([[6]] * len(cache.lengths)), cache, 1)[0][0])
+
+    wanted, alone = logits(4), logits(1)
+    assert torch.equal(logits(4), wanted)
+    assert torch.equal(logits(1), alone)
 
 
 # Where nothing can be compiled

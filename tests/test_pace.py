@@ -15,7 +15,7 @@ from foretoken import drafters
 from foretoken.drafters import step_pace
 from foretoken.pace import PROBE_EVERY, Pace, measured_costs, never_falling
 from foretoken.sampling import Sampling
-from foretoken.tree import chain
+from foretoken.tree import Tree, chain
 
 CHEAP, DEAR = [1.0, 1.1, 1.2, 1.3], [1.0, 2.1, 3.1, 4.1]
 
@@ -158,6 +158,16 @@ def test_output_does_not_depend_on_the_vocabulary_of_drafts(kind: str, monkeypat
     assert seen == {0, 1, 2, 3, 4}
 
 
+def test_all_places_of_a_tree_are_recorded() -> None:
+    """Its nodes stand in the order of their odds, so the last is none of the deepest."""
+    pace, tree = Pace([1.0] * 5), Tree((0, 1, 2, 0), (0, 0, 0, 1))
+    assert (tree.depths[-1], max(tree.depths)) == (1, 3)
+    for _ in range(20):
+        pace.record([tree], [[0, 1, 2, 3]], [[0] * 5])
+    assert all(tried > 10 for tried in pace.tried[:3])
+    assert pace.tried[3] == 0
+
+
 def test_temperatures_do_not_learn_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model, measured = tiny_model(seed=1), list[object]()
     real = drafters.measured_costs
@@ -168,7 +178,9 @@ def test_temperatures_do_not_learn_from_each_other(monkeypatch: pytest.MonkeyPat
     assert warm is near
     assert warm.costs == cold.costs
     assert (warm.row, warm.branching, warm.spared) == (cold.row, cold.branching, cold.spared)
-    assert cold.all_tried != warm.all_tried != Pace(warm.costs).all_tried
+    before = list(warm.all_tried)
+    cold.record([chain(2)], [[0, 1, 2]])
+    assert warm.all_tried == before
     assert len(measured) == 1
 
 

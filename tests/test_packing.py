@@ -318,8 +318,8 @@ def test_validation_is_of_documents_too(corpus: Path, tmp_path: Path, kind: str,
     windows = min(wanted.train.eval_windows, held_out.windows_per_epoch)
     count = -(-windows // held_out.batch_size)
     sums, counts = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.int64)
-    for batch in map(held_out.batch, range(count)):
-        for row in range(held_out.batch_size):
+    for batches, batch in enumerate(map(held_out.batch, range(count))):
+        for row in range(min(held_out.batch_size, windows - batches * held_out.batch_size)):
             for _, length, own in documents_of(Batch(*(part[row : row + 1] for part in parts(batch)))):
                 with torch.no_grad():
                     sums += run(model, own, settings_of(length), torch.ones(N)).sums

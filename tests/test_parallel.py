@@ -21,7 +21,8 @@ from foretoken.parallel import ALONE, like, whole
 from foretoken.train import train
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-STEPS = ("train.steps=6", "train.save_every=2", "train.keep_checkpoints=3", "train.batch_size=8", "train.log_every=2")
+STEPS = ("train.steps=6", "train.save_every=2", "train.keep_checkpoints=3", "train.batch_size=8", "train.log_every=2",
+         "train.eval_every=2")  # fmt: skip
 
 
 def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -148,6 +149,7 @@ def test_out_of_memory_and_a_full_disk_in_one_process(corpus: Path, tmp_path: Pa
 def test_rows_that_do_not_divide(corpus: Path, tmp_path: Path) -> None:
     done = run(2, corpus, tmp_path / "run", "train.batch_size=3")
     assert "batch_size = 3 is not a multiple of the 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_alone_nothing_is_sharded() -> None:

@@ -15,7 +15,7 @@ from invariants import Violation, follows, require, same_output, slow_probabilit
 from test_decode import PROMPTS
 from torch import Tensor
 
-from foretoken.completion import generate
+from foretoken.completion import generate, stream
 from foretoken.decode import decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
@@ -298,7 +298,35 @@ def test_min_tokens_holds_off_every_end() -> None:
         assert 257 not in found.ids[:11]
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_stop_string_among_the_first_tokens_is_none(drafts: int) -> None:
+    options: dict[str, Any] = {"drafts": drafts, "temperature": 1.0, "logit_bias": {98: 100.0}}
+    found = generate(TEXT, BYTES, "x", regex="a[b]*", stop="a", min_tokens=6, max_tokens=9, **options)
+    assert (found.text, found.finish_reason) == ("abbbbbbbb", "length")
+    found = generate(TEXT, BYTES, "x", regex="a[b]*", stop="bb", min_tokens=6, max_tokens=9, **options)
+    assert (found.text, found.finish_reason) == ("abbb", "stop")  # the one that ends with the sixth
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_pieces_are_the_text_where_it_ends_before_it_may_stop(drafts: int) -> None:
+    options: dict[str, Any] = {"drafts": drafts, "min_tokens": 50, "max_tokens": 20, "stop": "zzz"}
+    found = generate(TEXT, BYTES, "x", **options)
+    assert "".join(piece for piece, *_ in stream(TEXT, BYTES, "x", **options)) == found.text != ""
+
+
+def test_a_grammar_goes_on_where_the_end_of_text_ends_nothing() -> None:
+    options: dict[str, Any] = {
+        "regex": "a*", "ignore_eos": True, "temperature": 1.0, "logit_bias": {257: 6.0, 97: 5.0}, "max_tokens": 30,
+    }  # fmt: skip
+    for seed in range(4):
+        plain, drafted = (generate(TEXT, BYTES, "x", seed=seed, drafts=drafts, **options) for drafts in (0, 3))
+        assert drafted.ids == plain.ids
+        assert {*plain.ids} == {97, 257}
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"max_token": 3}, "unknown option max_token: there are accept, batch_size"),
+    ({"draft_model": "some/path", "drafts": 5}, "drafts come from a Model or a Lookup, and not from 'some/path'"),
     ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0 must be a positive number"),
     ({"presence_penalty": float("nan")}, "presence_penalty = nan must be a number"),
     ({"min_tokens": -1}, "min_tokens = -1 must be at least 0"),

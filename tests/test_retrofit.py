@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,22 @@ def test_stopped_and_resumed_it_is_the_same_run(plain: Path, corpus: Path, tmp_p
         training._update = real
     train(wanted, stopped, resume=True)
     assert same_weights(tmp_path / "whole", stopped)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "plain")
+    backend = byte_tokenizer().backend
+    backend.add_special_tokens(["<|more|>"])
+    (tmp_path / "plain" / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(ConfigError, match="tokenizer of 261 tokens beside a model of 260"):
+        train(retrofitted(tmp_path / "plain", corpus), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_matrices_alone_learn_by_muon(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    """Linear heads on a frozen trunk have nothing that AdamW takes."""
+    wanted = retrofitted(plain, corpus, "model.head_kind=linear", "optim.name=muon")
+    assert train(wanted, tmp_path / "run").finished
 
 
 @pytest.mark.parametrize("decay", [0, 0.1])
