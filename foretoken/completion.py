@@ -204,8 +204,8 @@ def begin(
     size = options.get("batch_size", 16)
     if size < 1:
         raise ConfigError(f"batch_size = {size} must be at least 1")
-    max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop") or ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    max_tokens, seed, stop = options.get("max_tokens", 128), options.get("seed", 0), options.get("stop")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
     if not -(1 << 63) <= seed < (1 << 63) - len(prompts):

@@ -33,7 +33,7 @@ from foretoken.model import Model
 from foretoken.native import library
 from foretoken.recipe import load_recipe
 from foretoken.report import write_report
-from foretoken.tokenizer import Tokenizer
+from foretoken.tokenizer import Tokenizer, from_config
 from foretoken.train import TrainResult, train
 
 EVALUATED_BYTES = 200_000
@@ -61,6 +61,7 @@ def run_demo(
     recipe = _recipe(n_future, width, layers, seed, head_kind)
     _check_drafts(drafts, head_kind, n_future)
     _check(recipe, minutes, prompt_count, max_tokens)
+    recipe.model.resolve(from_config(recipe.tokenizer).vocab_size, recipe.train.seq_len)
     _clear(out, display)
 
     trained, records = _train(display, out, recipe, minutes)
@@ -168,7 +169,7 @@ def _clear(out: Path, display: Display) -> None:
     """Remove an earlier demo in `out`; anything else there is left alone, with an error."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / RESULT).is_file():
+    if not all((out / name).is_file() for name in (RESULT, "metrics.jsonl")):
         raise ConfigError(f"{out}: exists and is not an earlier demo; choose another folder with --out")
     display.say(f"Replacing the earlier run in {out}")
     shutil.rmtree(out)

@@ -42,12 +42,13 @@ def distil_data(
         raise DataError("no text of more than 512 characters to take prompts from")
     path = Path(out)
     prompts = held_out_prompts(texts, records)
-    begun = _complete(path)
+    begun, size = _complete(path)
     for index, record in enumerate(begun[:records]):
         if record.get("prompt") != prompts[index] or record.get("seed") != seed + index:
             raise ConfigError(f"{path}: record {index + 1} was made with other options; choose another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
+        file.truncate(size)  # a line that a kill cut short
         for start in range(len(begun), records, batch_size):
             display.progress(f"{start}/{records} records")
             asked = prompts[start : start + batch_size]
@@ -63,19 +64,18 @@ def distil_data(
     return len(begun)
 
 
-def _complete(path: Path) -> list[dict[str, object]]:
-    """The records in a file; a line that a kill cut short is removed."""
+def _complete(path: Path) -> tuple[list[dict[str, object]], int]:
+    """The records in a file and the bytes of their lines, behind which only a line may stand that a kill cut short."""
     if not path.exists():
-        return []
+        return [], 0
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    begins = b'{"prompt": '
+    cut = data[len(whole) :][: len(begins)]
     try:
         found = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         found = [None]
-    if not all(isinstance(record, dict) for record in found):
+    if not all(isinstance(record, dict) for record in found) or not begins.startswith(cut):
         raise ConfigError(f"{path}: holds something else than such records; choose another file")
-    return found
+    return found, len(whole)

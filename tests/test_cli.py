@@ -640,3 +640,14 @@ def test_reader_that_goes_away(model: Path) -> None:
     errors = process.stderr.read().decode()
     assert process.wait(30) == 1
     assert errors == ""
+
+
+def test_a_demo_that_cannot_be_removes_nothing(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    out.mkdir()
+    for name in ("demo.json", "thesis.txt"):
+        (out / name).write_text("{}")
+    wrong(run("demo", "--out", out), "is not an earlier demo; choose another folder with --out")
+    (out / "metrics.jsonl").write_text("")
+    wrong(run("demo", "--out", out, "--layers", 2), "num_hidden_layers = 2")
+    assert sorted(file.name for file in out.iterdir()) == ["demo.json", "metrics.jsonl", "thesis.txt"]

@@ -70,6 +70,10 @@ def test_mistakes(run: Run, model: Path, text: Path, tmp_path: Path) -> None:  #
     wrong(run(*command(model, text, out, 0)), "records = 0 must be at least 1")
     out.write_text("[1]\n")
     wrong(run(*command(model, text, out, 3)), "holds something else")
+    for theirs in ("my only copy", '{"a": 1}\n{"a": 2}', '{"pro'[:4] + "x"):
+        out.write_text(theirs)
+        assert run(*command(model, text, out, 3)).code == 2
+        assert out.read_text() == theirs
     short = tmp_path / "short.txt"
     short.write_text("too short")
     wrong(run(*command(model, short, tmp_path / "new.jsonl", 3)), "no text of more than 512 characters")
