@@ -61,7 +61,6 @@ def run_demo(
     recipe = _recipe(n_future, width, layers, seed, head_kind)
     _check_drafts(drafts, head_kind, n_future)
     _check(recipe, minutes, prompt_count, max_tokens)
-    recipe.model.resolve(from_config(recipe.tokenizer).vocab_size, recipe.train.seq_len)
     _clear(out, display)
 
     trained, records = _train(display, out, recipe, minutes)
@@ -162,7 +161,9 @@ def _recipe(n_future: int, width: int, layers: int, seed: int, head_kind: str) -
         raise ConfigError(f"--width {width}: must be a multiple of 64")
     shape = [f"model.n_future={n_future}", f"model.hidden_size={width}", f"model.num_attention_heads={width // 32}"]
     shape += [f'model.head_kind="{head_kind}"', f"model.num_hidden_layers={layers}"]
-    return load_recipe("demo", (*shape, f"train.seed={seed}"))
+    recipe = load_recipe("demo", (*shape, f"train.seed={seed}"))
+    recipe.model.resolve(from_config(recipe.tokenizer).vocab_size, recipe.train.seq_len)  # a shape that cannot be
+    return recipe
 
 
 def _clear(out: Path, display: Display) -> None:
