@@ -107,10 +107,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        if (
-            self.chat_template is None
-        ):  # there too, text that spells a special token is text; but not a rendered template
-            values["split_special_tokens"] = True
+        if self.chat_template is None:  # whose marks would be split, too
+            values["split_special_tokens"] = True  # there as here, text that spells a special token is text
         for role, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
             values[f"{role}_token"] = None if token_id is None else self.backend.id_to_token(token_id)
         optional = {"model_max_length": model_max_length, "chat_template": self.chat_template}
