@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,7 @@ class ChatTemplate:
     """A tokenizer's chat template. Raises DataError where it has none, or one that Jinja cannot read."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        source = _source(tokenizer.chat_template)
+        self.source = source = _source(tokenizer.chat_template)
         self.tokenizer = tokenizer
         # Of its own: here special tokens in the text are tokens, and no post-processor trims offsets or adds a bos.
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -174,6 +175,23 @@ class ChatTemplate:
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of a tokenizer, read once."""
     return ChatTemplate(tokenizer)
+
+
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text: eos, the end of a turn where a chat template writes one, and what else it came with."""
+    turn = None
+    if tokenizer.chat_template is not None:
+        with contextlib.suppress(DataError):  # a template that fails says so where it is used
+            turn = chat_template(tokenizer).end_id
+    return tuple(dict.fromkeys(i for i in (tokenizer.eos_id, turn, *tokenizer.further_ends) if i is not None))
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """The contents of generation_config.json, by which engines know where a text begins and ends."""
+    ends = end_ids(tokenizer)
+    eos = [*ends] if len(ends) > 1 else next(iter(ends), None)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _source(template: object) -> str:

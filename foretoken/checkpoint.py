@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.chat import generation_config
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json, to_disk, write_json
@@ -144,10 +145,9 @@ def _write(
     dtype = next(name for name, kind in DTYPES.items() if kind == weights)
     main = {new: t for name, t in state.items() if (new := hf.main_name(name, config))}
     files = {FILE: save_tensors(folder / FILE, main)}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     main_config = hf.main_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     write_json(folder / "config.json", main_config)
-    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(folder / "generation_config.json", generation_config(tokenizer))
     tokenizer.save(folder, model_max_length=config.max_position_embeddings)
     if config.n_future > 1:
         (folder / HEADS).mkdir()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack, overload
 
-from foretoken.chat import chat_template
+from foretoken.chat import chat_template, end_ids
 from foretoken.decode import check_draft_vocab, check_nodes, check_requests, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ConfigError
@@ -213,13 +213,13 @@ def begin(
     if not all(stops):
         raise ConfigError("a stop string must not be empty")
     chat = chat_template(tokenizer) if options.get("chat") else None
-    ends = [] if options.get("ignore_eos") else [tokenizer.eos_id, chat.end_id if chat else None]
+    ends = frozenset(() if options.get("ignore_eos") else end_ids(tokenizer))
     requests = [
         TextRequest(
             chat.prompt(prompt) if chat else tokenizer.encode(prompt, add_special_tokens=True),
             max_tokens,
             seed + index,
-            frozenset(i for i in ends if i is not None),
+            ends,
             decoder=tokenizer.stream(),
             stop=stops,
         )

@@ -33,13 +33,17 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """One vocabulary. `bos_id`, `eos_id` and `pad_id` are None where it has no such token."""
+    """One vocabulary. `bos_id`, `eos_id` and `pad_id` are None where it has no such token.
+
+    further_ends: special tokens that end a text beside eos, which generation_config.json lists.
+    """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
     chat_template: Any = None
+    further_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # Published files carry these settings along; a document must neither be cut nor padded.
@@ -200,7 +204,10 @@ def load(path: str | Path) -> Tokenizer:
     bos, eos, pad = (_special_id(backend, role, beside) for role in ("bos", "eos", "pad"))
     template = file.with_name("chat_template.jinja")
     chat_template = template.read_text(encoding="utf-8") if template.is_file() else beside.get("chat_template")
-    return Tokenizer(backend, bos, eos, pad, chat_template)
+    ends = beside.get("eos_token_id")
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} - {eos}
+    further = tuple(i for i in ends if i in special) if isinstance(ends, list) else ()
+    return Tokenizer(backend, bos, eos, pad, chat_template, further)
 
 
 def utf8(text: str) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from foretoken.config import DataConfig
 from foretoken.data import prepare
 from foretoken.errors import ConfigError, DataError
 from foretoken.evaluate import agreements, evaluate, evaluation_documents, walk
+from foretoken.formats.hf_class import export_hf
 from foretoken.loss import targets
 from foretoken.recipe import load_recipe
 from foretoken.sources import Document, documents, split_documents
@@ -409,6 +412,29 @@ def test_generation_answers_a_message(chatty: Path) -> None:
     assert on.finish_reason == "length"
     with pytest.raises(DataError, match="no chat template"):
         generate(tiny_model(vocab=260), byte_tokenizer(), "hello", chat=True)
+
+
+def test_engines_learn_where_a_turn_ends(tmp_path: Path) -> None:
+    """Where it is not eos, and what a published model lists beside the two, through a save, a load and an export."""
+    phi = STYLES["phi"].tokenizer
+    end, user = (phi.backend.token_to_id(name) for name in ("<|end|>", "<|user|>"))
+    listed = [phi.eos_id, end, user]
+    model = tiny_model(n_future=2, vocab=phi.vocab_size, dtype=torch.float32, peaked=False)
+    save_checkpoint(tmp_path / "a", model, dataclasses.replace(phi, further_ends=(user,)))
+    loaded, tokenizer = load_checkpoint(tmp_path / "a")
+    save_checkpoint(tmp_path / "b", loaded, tokenizer)
+    export_hf(tmp_path / "b", tmp_path / "hf")
+    for name in ("a", "b", "hf"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == listed
+    for token in listed:
+        ended = generate(loaded, tokenizer, "hello", logit_bias={token: 1e4}, max_tokens=3)
+        assert (ended.ids, ended.finish_reason) == ([token], "stop")
+    plain = tiny_model(n_future=2, vocab=260)
+    for template in (None, "{{ raise_exception('no') }}"):
+        save_checkpoint(tmp_path / "plain", plain, dataclasses.replace(byte_tokenizer(), chat_template=template))
+        written = json.loads((tmp_path / "plain/generation_config.json").read_text())
+        assert written == {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+        shutil.rmtree(tmp_path / "plain")
 
 
 def test_command_line(chatty: Path, run: Run, tmp_path: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import gguf
 import pytest
 import tiny_engine_model
 import torch
+from chat_templates import STYLES
 from conftest import tiny_model
 from llama_cpp import LlamaCpp, has_llama_cpp
 from tokenizer_twins import LLAMA_3, QWEN_2, byte_level, sentencepiece
 from tokenizers import Tokenizer as Backend
 from trained_models import Trained
 
+from foretoken.chat import chat_template
 from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.config import RopeScaling
 from foretoken.errors import CheckpointError
@@ -186,6 +189,24 @@ def test_a_token_that_merges_do_not_lead_to_is_taken_whole(tmp_path: Path) -> No
     """What tells llama-bpe from dbrx."""
     counts = [len(MAKERS[name]().encode(" zebra")) for name in ("llama-bpe", "dbrx")]
     assert counts[0] == 1 < counts[1]
+
+
+@has_llama_cpp
+@pytest.mark.parametrize("name", ["chatml", "gemma"])
+def test_llama_cpp_talks_by_the_chat_template(name: str, tmp_path: Path) -> None:
+    """Its chat route renders a message as here, and an answer ends with the turn."""
+    backend = Backend.from_str(STYLES[name].tokenizer.backend.to_str())
+    backend.post_processor = None  # as of models that take no bos of text
+    tokenizer = dataclasses.replace(STYLES[name].tokenizer, backend=backend)
+    template = chat_template(tokenizer)
+    model = tiny_model(vocab=tokenizer.vocab_size, n_future=1, layers=1, dtype=torch.float32)
+    path = export_gguf(save_checkpoint(tmp_path / "model", model, tokenizer), tmp_path / "gguf", "f32")[0]
+    server = LlamaCpp(path)
+    messages = [{"role": "user", "content": "the cat?"}]
+    assert server.post("apply-template", {"messages": messages})["prompt"] == template.render(messages, True)
+    ended = {"messages": messages, "max_tokens": 5, "logit_bias": [[template.end_id, 1e4]]}
+    choice = server.post("v1/chat/completions", ended)["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
 
 
 def changed(name: str, **parts: Any) -> Tokenizer:

@@ -140,6 +140,16 @@ def test_special_tokens_are_found_beside_the_file(
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ids
 
 
+def test_further_tokens_that_end_a_text(tmp_path: Path) -> None:
+    """Published chat models list several; one that is no special token of this vocabulary is not taken."""
+    SENTENCEPIECE.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    for listed, further in (([1, 2, 0, 7, 999_999], (1, 0)), ([2], ()), (2, ()), (None, ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        tokenizer = tk.load(tmp_path)
+        assert (tokenizer.eos_id, tokenizer.further_ends) == (2, further)
+
+
 def test_truncation_and_padding_of_a_file_are_not_applied(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
     backend.enable_truncation(4)

@@ -5,12 +5,14 @@ A tokenizer is written when llama.cpp computes the same ids from text; any other
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from foretoken.errors import CheckpointError
+from foretoken.chat import chat_template, end_ids
+from foretoken.errors import CheckpointError, DataError
 from foretoken.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, ADDED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
@@ -54,7 +56,11 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[st
         "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
     }
     keys |= form(stored, tokens, kinds, where)
+    if tokenizer.chat_template is not None:
+        with contextlib.suppress(DataError):  # llama.cpp could not read it either
+            keys["tokenizer.chat_template"] = chat_template(tokenizer).source
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    ids["eot"] = next((i for i in end_ids(tokenizer) if i != tokenizer.eos_id), None)  # the one more that it knows
     return keys | {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from foretoken.chat import generation_config
 from foretoken.checkpoint import find_checkpoint, load_checkpoint
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
@@ -50,8 +51,7 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Path:
         save_tensors(staging / FILE, tensors)
         write_json(staging / "config.json", values)
         tokenizer.save(staging, model_max_length=config.max_position_embeddings)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        write_json(staging / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
+        write_json(staging / "generation_config.json", generation_config(tokenizer))
         shutil.copy(Path(__file__).with_name(f"{CODE}.py"), staging)
     return Path(out)
 
