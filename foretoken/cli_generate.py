@@ -92,6 +92,7 @@ def generate(
     from foretoken.checkpoint import load_checkpoint
     from foretoken.completion import stream
     from foretoken.display import summary
+    from foretoken.errors import ConfigError
 
     text = read_prompt(prompt, prompt_file)
     model, tokenizer = load_checkpoint(checkpoint, dtype_of(dtype), device_of(device))
@@ -105,7 +106,9 @@ def generate(
     }  # fmt: skip
     options.update(_grammar(json_schema, regex, lark))
     if draft_model:
-        options["draft_model"], _ = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
+        options["draft_model"], other = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
+        if other.backend.get_vocab() != tokenizer.backend.get_vocab():
+            raise ConfigError(f"--draft-model {draft_model}: its tokens are not those of {checkpoint}")
     final, shown = None, "" if chat else text  # an answer stands alone
     for piece, final in stream(model, tokenizer, text, **options):  # noqa: B007 - the last one is used below
         if not as_json:

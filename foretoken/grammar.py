@@ -34,9 +34,11 @@ class Grammar:
         }
         if kind == "json_schema":
             text = text if isinstance(text, str) else json.dumps(text)
+        if tokenizer.eos_id is None:  # the library would take token 0
+            raise ConfigError(f"{kind}: a grammar needs a tokenizer that has an end-of-text token")
         self.ends = {tokenizer.eos_id}
-        vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
         try:
+            vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
             self.first = LLMatcher(vocabulary, readers[kind](text), log_level=0)
         except ValueError as error:
             raise ConfigError(f"{kind}: {error}") from None

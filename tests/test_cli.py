@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from small_runs import content, overrides, write_corpus
 
 from foretoken import checkpoint, cli, completion, metrics, optim, train_state
+from foretoken.checkpoint import load_checkpoint, save_checkpoint
 from foretoken.formats import safetensors
 from foretoken.tokenizer import train_bpe
 
@@ -614,6 +617,15 @@ def test_drafts_from_elsewhere_and_grammars(run: Run, model: Path) -> None:
     options = ["--logit-bias", "65=100", "--max-tokens", 4, "--json"]
     assert run("generate", model, "def add", *options).json["text"] == "AAAA"
     assert run("generate", model, "def add", "--regex", "x=[0-9]{2}", "--json").json["text"][:2] == "x="
+
+
+def test_drafts_of_a_model_with_other_tokens(run: Run, model: Path, tmp_path: Path) -> None:
+    loaded, tokenizer = load_checkpoint(model)
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str().replace("<|unused|>", "<|other|>"))
+    other = dataclasses.replace(tokenizer, backend=backend)
+    save_checkpoint(tmp_path / "other", loaded, other)
+    done = run("generate", model, "def add", "--draft-model", tmp_path / "other")
+    wrong(done, f"its tokens are not those of {model}")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import torch
 from conftest import tiny_model
 from invariants import Violation, follows, require, same_output, slow_probabilities, target_logits
 from test_decode import PROMPTS
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from foretoken.completion import generate, stream
@@ -24,7 +27,7 @@ from foretoken.model import Model, Stepper
 from foretoken.processors import Processing, Processors
 from foretoken.request import Request
 from foretoken.sampling import Sampling
-from foretoken.tokenizer import byte_tokenizer, train_bpe
+from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 KINDS = ["parallel", "sequential"]
 END = 3
@@ -347,6 +350,17 @@ def test_mistakes(options: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as error:
         generate(TEXT, BYTES, "x", **options)
     assert part in str(error.value)
+
+
+def test_grammars_need_a_vocabulary_that_the_library_reads_and_an_end() -> None:
+    """Without an end-of-text token the library would take token 0 for one."""
+    words = Backend(WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
+    for tokenizer, part in (
+        (dataclasses.replace(BYTES, eos_id=None), "has an end-of-text token"),
+        (Tokenizer(words, None, 1, None), "decoder"),
+    ):
+        with pytest.raises(ConfigError, match=rf"regex: .*{part}"):
+            Grammar(tokenizer, "regex", "a")
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
