@@ -87,7 +87,7 @@ class _Distil(torch.autograd.Function):
             torch.zeros_like(w, dtype=wide) if yes else None for w, yes in zip(weights, learn, strict=False)
         ]
         grads = [torch.zeros_like(h) for h in students] if any(learn) else []
-        rows = max(1, CHUNK_ELEMENTS // 4 // weights[0].size(0))
+        rows = max(1, CHUNK_ELEMENTS // 16 // weights[0].size(0))
         first = weights[0].to(dtype)
         total, divergence, overlap = (torch.zeros(n, dtype=torch.float64, device=first.device) for _ in range(3))
         for d, states in enumerate(students, 1):

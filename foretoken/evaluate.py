@@ -272,7 +272,7 @@ def _score(model: Model, hidden: Sequence[Tensor], labels: Tensor) -> tuple[Tens
     """
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device).flatten(1)
     choices = torch.full_like(labels, -1).flatten(1)
-    rows = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    rows = max(1, CHUNK_ELEMENTS // 4 // model.config.vocab_size)
     for d, (states, wanted) in enumerate(zip(hidden, labels.flatten(1), strict=True)):
         for part in (wanted != IGNORE).nonzero()[:, 0].split(rows):
             logits = model.logits(states.flatten(0, 1)[part], d)  # (rows, V)
