@@ -14,10 +14,12 @@ import torch
 from conftest import tiny_model
 from invariants import Violation, follows, require, same_output, slow_probabilities, target_logits
 from test_decode import PROMPTS
+from test_seeded_bugs import accepts_then_redraws
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from torch import Tensor
 
+from foretoken import model as stepping
 from foretoken.completion import generate, stream
 from foretoken.decode import decode
 from foretoken.drafters import Lookup, Source
@@ -26,7 +28,8 @@ from foretoken.grammar import Grammar
 from foretoken.model import Model, Stepper
 from foretoken.processors import Processing, Processors
 from foretoken.request import Request
-from foretoken.sampling import Sampling
+from foretoken.sampling import Keys, Sampling, filtered
+from foretoken.sampling import rejection as by_rejection
 from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 KINDS = ["parallel", "sequential"]
@@ -179,24 +182,65 @@ def bonus_of_the_position_before(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Stepper, "forward", torch.inference_mode()(forward))
 
 
-@pytest.mark.parametrize("bug", [None, blind, bonus_of_the_position_before])
-@pytest.mark.parametrize("accept", ["keyed", "rejection"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_law(
-    kind: str, accept: Any, bug: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def redrawn_from_the_whole_law(patch: pytest.MonkeyPatch) -> None:
+    """Behind a rejected draft the target's law is drawn from, not what is left of it."""
+
+    def rejection(logits: Tensor, drafts: Tensor, proposed: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        tokens, accepted = by_rejection(logits, drafts, proposed, keys)
+        fresh = keys.choose(logits)
+        return tokens.scatter(1, accepted[:, None], fresh.gather(1, accepted[:, None])), accepted
+
+    patch.setattr(stepping, "rejection", rejection)
+
+
+def drafted_otherwise(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Drafts come from changed logits, and are accepted as if from the others."""
+    real = Keys.choose_drafts
+
+    def bug(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Keys, "choose_drafts", lambda own, logits, *rest: real(own, change(logits), *rest))
+
+    return bug
+
+
+def of_two(logits: Tensor) -> Tensor:
+    """The two likeliest tokens' logits."""
+    return filtered(logits, Sampling(1.0, top_k=2))
+
+
+def of_one(logits: Tensor) -> Tensor:
+    """The likeliest token's logits."""
+    return filtered(logits, Sampling(1.0, top_k=1))
+
+
+Bug = Callable[[pytest.MonkeyPatch], None]
+LAWS: list[tuple[str, str, str, Bug | None]] = [
+    *((kind, accept, "none", None) for kind in KINDS for accept in ("keyed", "rejection")),
+    ("parallel", "keyed", "blind", blind),
+    ("sequential", "keyed", "bonus", bonus_of_the_position_before),
+    ("parallel", "keyed", "redrawn", accepts_then_redraws),
+    ("sequential", "rejection", "blind", blind),
+    ("parallel", "rejection", "bonus", bonus_of_the_position_before),
+    ("sequential", "rejection", "redrawn", redrawn_from_the_whole_law),
+    ("parallel", "rejection", "drafts of two", drafted_otherwise(of_two)),
+    ("sequential", "rejection", "drafts of one", drafted_otherwise(of_one)),
+]
+
+
+@pytest.mark.parametrize(("kind", "accept", "name", "bug"), LAWS, ids=["-".join(row[:3]) for row in LAWS])
+def test_law(kind: str, accept: Any, name: str, bug: Bug | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The joint law of the first token, two drafts and the one behind them, with processors; it sees bugs."""
-    model, sampling = small(kind, width=8, vocab=5, seed=3), Sampling(1.0, accept=accept)
+    model, how = small(kind, width=8, vocab=5, seed=3), Sampling(1.0, accept=accept)
     with torch.no_grad():
         model.lm_head.weight.mul_(25)
         for name, p in model.named_parameters():
             if p.dim() == 2 and name != "lm_head.weight":
                 p.mul_(12)
     processing = Processing(1.5, 0.5, 1.0, {1: 0.7}, 3)
-    probabilities = law(model, processing, [1, 2], 4, sampling)
+    probabilities = law(model, processing, [1, 2], 4, how)
     if bug:
         bug(monkeypatch)
-    requests = decoded(model, processing, 2, sampling, [[1, 2]] * 3000, seeds=range(3000), length=4)
+    requests = decoded(model, processing, 2, how, [[1, 2]] * 3000, seeds=range(3000), length=4)
     cells = [sum(token * 5 ** (3 - k) for k, token in enumerate(request.ids)) for request in requests]
     if bug:
         with pytest.raises(Violation):

@@ -268,9 +268,10 @@ def accepts_then_redraws(patch: Patch) -> None:
     real_targets, real_walk = stepping.pick_targets, Tree.walk
     redraws: dict[int, list[int]] = {}
 
-    def pick_targets(logits: Tensor, keys: Keys, *_: object) -> Any:
-        tokens, logprobs = real_targets(logits, keys)
+    def pick_targets(logits: Tensor, keys: Keys, change: Any = None, places: Any = None) -> Any:
+        tokens, logprobs = real_targets(logits, keys, change, places)
         assert keys.noise is not None
+        logits = change(logits) if change else logits
         fresh = sampling.choose(logits, keys.noise.roll(1, -1)[:, : logits.size(1)], keys.sampling)  # no draft saw it
         redraws.update({id(row): again for row, again in zip(tokens, fresh.tolist(), strict=True)})
         return tokens, logprobs
