@@ -135,7 +135,10 @@ def transformers_decoder(
 
 
 def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
-    """llama.cpp in this process, on a GGUF file of the same weights; its own clock leaves the prompt out."""
+    """llama.cpp in this process, on a GGUF file of the same weights.
+
+    Its own clock begins with the first token, which the prompt's pass gave: that one is in its count and not in its time.
+    """
     import xllamacpp
 
     out = folder.parent / "gguf"
@@ -158,7 +161,7 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
             )  # fmt: skip
             timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
             milliseconds += timings["predicted_ms"]
-            tokens += int(timings["predicted_n"])
+            tokens += int(timings["predicted_n"]) - 1
         return Timing(milliseconds / 1e3, tokens, tokens, tokens)
 
     return run

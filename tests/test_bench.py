@@ -157,8 +157,8 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
     for name, _, decoder in found:
         timing = decoder()
         assert timing.seconds > 0
-        assert 0 < timing.steps <= 10, name
-        assert timing.tokens >= 8, name
+        assert 0 < timing.steps <= 8, name
+        assert timing.tokens == 8, name  # the first of each prompt's five is in no time
     for name, _, decoder in bench_peers.decoders(model, checkpoint, Workload("text", prompts, 2, 5), [], True, False):
         timing = decoder()  # the last batch is not full
         assert (name, timing.steps, timing.row_steps, timing.tokens) == (name, 8, 12, 12)
