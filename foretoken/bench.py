@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from foretoken.completion import Generation, Options, begin, finished
 from foretoken.display import Display
+from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.sampling import Accept
 from foretoken.tokenizer import Tokenizer
@@ -144,3 +147,15 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     """Share of the sequences' n-grams that are different ones: near 1 for varied text, small for loops."""
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def check_out(path: Path | None) -> None:
+    """Raises ConfigError where a result could not be written to `path`: asked before minutes are spent on it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a directory; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no directory {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--out {path}: no permission to write there")

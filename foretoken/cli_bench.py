@@ -99,16 +99,13 @@ def train(
     """Time training steps and their memory, by number of heads and by how their loss is taken."""
     from foretoken.bench_train import WAYS, bench_train, table
     from foretoken.display import Display
-    from foretoken.files import write_json
 
     with Display() as display:
         result = bench_train(
             display, vocabularies=vocabulary or (256, 32_000, 128_256), heads=heads or (1, 2, 4, 8), ways=way or WAYS,
             width=width, blocks=blocks, context=context, batch=batch, rounds=rounds, dtype=dtype,
-            device=device_of(device), compiled=compiled,
+            device=device_of(device), compiled=compiled, out=out,
         )  # fmt: skip
-        if out is not None:
-            write_json(out, result)
         if as_json:
             typer.echo(json.dumps(result))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -279,6 +280,68 @@ def test_training_steps(run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert apart["parameters"] - shared["parameters"] == 2 * 300 * 64  # a matrix for each further head
     assert len(run(*command).out.splitlines()) == 2 + len(rows)
     wrong(run(*command, "--way", "both"), "way both: must be one of")
+
+
+SMALL_STEP = ["--vocabulary", 40, "--heads", 1, "--width", 64, "--blocks", 2, "--context", 8, "--rounds", 1]
+
+
+def test_training_steps_named_twice_are_timed_once(run: Run) -> None:  # noqa: F811
+    twice = ["--vocabulary", 40, "--heads", 2, "--heads", 1, "--way", "chunked", "--way", "naive", "--way", "chunked"]
+    rows = run("bench", "train", *SMALL_STEP, *twice, "--json").json["rows"]
+    assert [(row["way"], row["n"]) for row in rows] == [("chunked", 1), ("chunked", 2), ("naive", 1), ("naive", 2)]
+    assert [row["ms_ratio"] == 1.0 for row in rows if row["n"] == 1] == [True, True]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is to be said before anything is timed."""
+
+    def early(*_: object) -> float:
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setattr(bench_train, "product_tflops", early)
+    monkeypatch.setattr(bench_decode, "bandwidth", early)
+
+
+@pytest.mark.parametrize("width", [65, 130])
+def test_a_width_that_no_heads_share(run: Run, unmeasured: None, width: int) -> None:  # noqa: F811
+    wrong(run("bench", "train", *SMALL_STEP, "--width", width), f"width = {width} gives attention heads an odd width, 65")
+
+
+def nowhere(folder: Path) -> list[tuple[Path, str]]:
+    (folder / "file").write_text("here")
+    missing = (folder / "none" / "out.json", f"there is no directory {folder / 'none'}")
+    return [missing, (folder, "is a directory; name a file"), (folder / "file" / "out.json", "there is no directory")]
+
+
+@pytest.mark.parametrize("command", [["train", *SMALL_STEP]], ids=["train"])
+def test_a_result_that_cannot_be_written(
+    run: Run, unmeasured: None, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    for out, part in nowhere(tmp_path):
+        wrong(run("bench", *command, "--out", out), f"--out {out}: {part}")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    for out in (tmp_path / "file", tmp_path / "new"):
+        wrong(run("bench", *command, "--out", out), f"--out {out}: no permission to write there")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "here"
+
+
+def test_memory_that_cannot_be_measured_is_no_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """As in a container where nobody may write to /proc/self/clear_refs."""
+    write = Path.write_text
+
+    def refused(path: Path, *words: Any, **named: Any) -> int:
+        if path == Path("/proc/self/clear_refs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, *words, **named)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    (row,) = run("bench", "train", *SMALL_STEP, "--way", "chunked", "--json").json["rows"]
+    assert row["peak_mib"] is row["peak_mib_ratio"] is None
+    assert row["ms_ratio"] == 1.0
+    shown = run("bench", "train", *SMALL_STEP, "--way", "chunked").out.splitlines()[-1]
+    assert shown.count("| not measured ") == 2
 
 
 def test_every_way_to_take_the_loss_is_the_same_loss() -> None:
