@@ -12,7 +12,7 @@ from typing import Any
 
 from foretoken.completion import Generation, Options, begin, finished
 from foretoken.display import Display
-from foretoken.errors import ConfigError
+from foretoken.errors import ConfigError, DataError
 from foretoken.model import Model
 from foretoken.sampling import Accept
 from foretoken.tokenizer import Tokenizer
@@ -123,9 +123,14 @@ def _timed(model: Model, tokenizer: Tokenizer, prompt: str, options: Options, wa
     return finished(prompt, requests[0]), seconds
 
 
-def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:
-    """`count` beginnings of lines with what precedes them, spread evenly over the held-out texts."""
+def held_out_prompts(texts: Sequence[str], count: int, where: str = "the held-out text") -> list[str]:
+    """`count` beginnings of lines with what precedes them, spread evenly over the held-out texts.
+
+    Raises DataError, which says `where`, if all texts are too short to cut prompts from.
+    """
     texts = [text for text in texts if len(text) > 4 * PROMPT_BYTES]
+    if not texts:
+        raise DataError(f"{where}: no text of more than {4 * PROMPT_BYTES} characters to take prompts from")
     prompts = []
     for index in range(count):
         text = texts[index % len(texts)]

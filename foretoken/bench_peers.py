@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from foretoken.decode import decode
+from foretoken.decode import LARGEST_TREE, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ForetokenError
 from foretoken.formats.gguf import MODEL, export_gguf
@@ -137,7 +137,7 @@ def transformers_decoder(
 def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
     """llama.cpp in this process, on a GGUF file of the same weights.
 
-    Its own clock begins with the first token, which the prompt's pass gave: that one is in its count and not in its time.
+    Its own clock begins with the first token, which the prompt's pass gave: that one is in its count, not in its time.
     """
     import xllamacpp
 
@@ -185,7 +185,8 @@ def decoders(
             yield f"foretoken, drafts of {size} tokens", k, foretoken_decoder(model, work, k, draft_vocab=size)
     if most := max(drafts, default=0):
         for nodes in (most + 2, 2 * most + 2):
-            yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
+            if nodes <= LARGEST_TREE:
+                yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
     if model.config.n_future > 1 and own_text:
         yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
     if own_text:

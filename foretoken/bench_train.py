@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foretoken.bench import check_out
-from foretoken.bench_decode import DTYPES, machine
+from foretoken.bench_cases import DTYPES
+from foretoken.bench_decode import machine
 from foretoken.bench_peers import versions
 from foretoken.config import ModelConfig
 from foretoken.display import Display
@@ -45,7 +46,9 @@ def shape(vocab_size: int, width: int, blocks: int, context: int, n: int) -> Mod
     """A model of `blocks` blocks, the further heads' among them. Raises ConfigError for a width that no heads share."""
     heads = max(1, width // 64)
     if width // heads % 2:
-        raise ConfigError(f"width = {width} gives attention heads an odd width, {width // heads}: take a multiple of 64")
+        raise ConfigError(
+            f"width = {width} gives attention heads an odd width, {width // heads}: take a multiple of 64"
+        )
     return ModelConfig.model_validate(
         {
             "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": -(-8 * width // 192) * 64,

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_model
 from test_cli import Run, run, wrong  # noqa: F401 - a fixture
 
-from foretoken import bench_decode, bench_peers, bench_train
+from foretoken import bench_cases, bench_decode, bench_peers, bench_train
 from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_prompts
 from foretoken.bench_peers import Workload
 from foretoken.checkpoint import save_checkpoint
@@ -40,9 +40,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_decode.SHAPES, "30m", (64, 3, 2, 128))
-    monkeypatch.setattr(bench_decode, "VOCABULARY", 300)
+    monkeypatch.setitem(bench_cases.SHAPES, "30m", (64, 3, 2, 128))
+    monkeypatch.setattr(bench_cases, "VOCABULARY", 300)
     monkeypatch.setattr(bench_decode, "bandwidth", lambda _: 20.0)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is to be said before anything is timed."""
+
+    def early(*_: object) -> float:
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setattr(bench_train, "product_tflops", early)
+    monkeypatch.setattr(bench_decode, "bandwidth", early)
 
 
 def texts(folder: Path) -> Path:
@@ -168,10 +179,11 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
 def test_domains_are_told_apart() -> None:
     sources = ["a/x.jsonl", "b/x.jsonl", "a/y.jsonl", "hf:org/name", "stdlib"]
     shown = ["a/x.jsonl", "b/x.jsonl", "y.jsonl", "hf:org/name", "stdlib"]
-    assert [bench_decode._domain(source, sources) for source in sources] == shown
-    assert bench_decode._domain("", []) == "held out"
+    assert [bench_cases._domain(source, sources) for source in sources] == shown
+    assert bench_cases._domain("", []) == "held out"
 
 
+CHECKPOINT, SHORT, LONG = "the checkpoint", "short.txt", "long.txt"
 MISTAKES: list[tuple[list[object], str]] = [
     ([], "nothing to time: name a checkpoint, or a --size"),
     (["--size", "huge"], "size huge: must be one of"),
@@ -180,15 +192,64 @@ MISTAKES: list[tuple[list[object], str]] = [
     (["--size", "30m", "--rounds", 0], "rounds = 0 must be at least 1"),
     (["--size", "30m", "--draft-vocab", 0], "draft_vocab = 0 must lie between 1 and the model's 300 tokens"),
     (["--size", "30m", "--dtype", "int4"], "dtype int4: must be one of"),
+    (["--size", "30m", "--temperature", -1], "temperature = -1.0 must be 0 (greedy) or a positive number"),
+    (["--size", "30m", "--head-kind", "horizontal"], "--head-kind, --n-future: head_kind: Input should be"),
+    (
+        ["--size", "30m", "--head-kind", "sequential", "--context", 1, "--tokens", 2],
+        "drafts = 3, but a model of 3 positions drafts 0 to 2 tokens per step",
+    ),
+    (["--size", "30m", "--data", "README.md"], "--data is of a checkpoint: name one, or leave it out"),
+    (["--size", "30m", "--split-field", "split"], "--split-field is of a checkpoint"),
+    (["--size", "30m", "--prompt-field", "turns"], "--prompt-field is of a checkpoint"),
+    (["--size", "30m", "--prompts", 8], "--prompts is of a checkpoint"),
+    (["--size", "30m", "--random-heads"], "--random-heads is of a checkpoint"),
+    ([CHECKPOINT, "--context", 64], "--context is of random weights: name a --size, or leave it out"),
+    ([CHECKPOINT, "--n-future", 4], "--n-future is of random weights"),
+    ([CHECKPOINT, "--head-kind", "parallel"], "--head-kind is of random weights"),
+    ([CHECKPOINT, "--size", "huge"], "size huge: must be one of"),
+    ([CHECKPOINT, "--data", SHORT], "short.txt: no text of more than 512 characters to take prompts from"),
+    ([CHECKPOINT, "--data", LONG, "--data", SHORT], "short.txt: no text of more than 512 characters"),
+    ([CHECKPOINT, "--data", LONG, "--tokens", 256], "tokens = 256 leaves no room for a prompt in the 256 positions of"),
+    ([CHECKPOINT, "--data", LONG, "--tokens", 300], "tokens = 300 leaves no room for a prompt in the 256 positions of"),
+    ([CHECKPOINT, "--data", LONG, "--batch", 4, "--prompts", 2], "batch = 4 is more than the 2 prompts of"),
+    ([CHECKPOINT, "--data", LONG, "--draft-vocab", 900], "draft_vocab = 900 must lie between 1 and the model's 260"),
     (["/no/such/checkpoint"], "/no/such/checkpoint"),
 ]
 
 
-@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=[part[:16] for _, part in MISTAKES])
-def test_mistakes(run: Run, small_shape: None, words: list[object], part: str) -> None:  # noqa: F811
-    done = run("bench", "decode", *words)
-    assert done.code == 2
-    assert part in done.errors.splitlines()[-1]
+@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=[part[:40] for _, part in MISTAKES])
+def test_mistakes(
+    run: Run,  # noqa: F811
+    small_shape: None,
+    unmeasured: None,
+    checkpoint: Path,
+    tmp_path: Path,
+    words: list[object],
+    part: str,
+) -> None:
+    """In a line, before anything is measured."""
+    (tmp_path / SHORT).write_text("def f(x):\n    return x\n")
+    (tmp_path / LONG).write_text("def f(x):\n    return x\n" * 99)
+    given = {CHECKPOINT: checkpoint, SHORT: tmp_path / SHORT, LONG: tmp_path / LONG}
+    wrong(run("bench", "decode", *(given.get(str(word), word) for word in words)), part)
+
+
+def test_heads_that_are_not_there_cannot_be_spoilt(run: Run, unmeasured: None, tmp_path: Path) -> None:  # noqa: F811
+    model = tiny_model(vocab=260, n_future=1, dtype=torch.float32)
+    folder = save_checkpoint(tmp_path / "plain", model, byte_tokenizer())
+    wrong(run("bench", "decode", folder, "--random-heads"), "--random-heads: ", "has no further heads to spoil")
+
+
+def test_what_is_named_twice_is_timed_once(run: Run, small_shape: None) -> None:  # noqa: F811
+    options = ["--size", "30m", "--batch", 2, "--batch", 1, "--batch", 2, "--context", 9, "--tokens", 3, "--rounds", 1]
+    rows = run("bench", "decode", *options, "--n-future", 1, "--no-peers", "--json").json["rows"]
+    assert [row["batch"] for row in rows] == [2, 1]
+
+
+def test_trees_are_no_larger_than_decoding_takes(run: Run, small_shape: None) -> None:  # noqa: F811
+    options = ["--size", "30m", "--n-future", 17, "--context", 9, "--tokens", 3, "--rounds", 1, "--no-peers", "--json"]
+    trees = [row["decoder"] for row in run("bench", "decode", *options).json["rows"] if "tree" in row["decoder"]]
+    assert trees == ["foretoken, tree of 18"]
 
 
 def test_bandwidth_is_a_machines() -> None:
@@ -292,20 +353,11 @@ def test_training_steps_named_twice_are_timed_once(run: Run) -> None:  # noqa: F
     assert [row["ms_ratio"] == 1.0 for row in rows if row["n"] == 1] == [True, True]
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong is to be said before anything is timed."""
-
-    def early(*_: object) -> float:
-        raise AssertionError("measured before the options were checked")
-
-    monkeypatch.setattr(bench_train, "product_tflops", early)
-    monkeypatch.setattr(bench_decode, "bandwidth", early)
-
-
 @pytest.mark.parametrize("width", [65, 130])
 def test_a_width_that_no_heads_share(run: Run, unmeasured: None, width: int) -> None:  # noqa: F811
-    wrong(run("bench", "train", *SMALL_STEP, "--width", width), f"width = {width} gives attention heads an odd width, 65")
+    wrong(
+        run("bench", "train", *SMALL_STEP, "--width", width), f"width = {width} gives attention heads an odd width, 65"
+    )
 
 
 def nowhere(folder: Path) -> list[tuple[Path, str]]:
@@ -314,9 +366,13 @@ def nowhere(folder: Path) -> list[tuple[Path, str]]:
     return [missing, (folder, "is a directory; name a file"), (folder / "file" / "out.json", "there is no directory")]
 
 
-@pytest.mark.parametrize("command", [["train", *SMALL_STEP]], ids=["train"])
+@pytest.mark.parametrize("command", [["train", *SMALL_STEP], ["decode", "--size", "30m"]], ids=["train", "decode"])
 def test_a_result_that_cannot_be_written(
-    run: Run, unmeasured: None, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Run,  # noqa: F811
+    unmeasured: None,
+    command: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for out, part in nowhere(tmp_path):
         wrong(run("bench", *command, "--out", out), f"--out {out}: {part}")
