@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from foretoken.completion import Generation, Options, begin, finished
 from foretoken.display import Display
@@ -17,6 +17,7 @@ from foretoken.model import Model
 from foretoken.sampling import Accept
 from foretoken.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
 PROMPT_BYTES = 128
 SAMPLED_TEMPERATURE = 0.8
 
@@ -152,6 +153,11 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     """Share of the sequences' n-grams that are different ones: near 1 for varied text, small for loops."""
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def once(named: Iterable[Item]) -> tuple[Item, ...]:
+    """In this order, and what is named twice once: it would be timed again, and be two rows of one thing."""
+    return tuple(dict.fromkeys(named))
 
 
 def check_out(path: Path | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from foretoken.bench import check_out
+from foretoken.bench import check_out, once
 from foretoken.bench_cases import DTYPES, Case, checkpoint_case, random_case
 from foretoken.bench_peers import Timing, decoders, versions
 from foretoken.checkpoint import save_checkpoint
@@ -146,9 +146,8 @@ def bench_decode(
     that hold no prompts, CheckpointError for a checkpoint that does not load.
     """
     check_out(out)
-    data, sizes, batches, temperatures, draft_vocabs = (
-        tuple(dict.fromkeys(given)) for given in (data, sizes, batches, temperatures, draft_vocabs)
-    )
+    data, sizes, batches = once(data), once(sizes), once(batches)
+    temperatures, draft_vocabs = once(temperatures), once(draft_vocabs)
     if checkpoint is None and not sizes:
         raise ConfigError("nothing to time: name a checkpoint, or a --size")
     if checkpoint is None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foretoken.bench import check_out
+from foretoken.bench import check_out, once
 from foretoken.bench_cases import DTYPES
 from foretoken.bench_decode import machine
 from foretoken.bench_peers import versions
@@ -225,11 +225,10 @@ def bench_train(
 ) -> dict[str, Any]:
     """What the command prints with --json, and writes to `out`: machine, versions, product_tflops and rows.
 
-    What is named twice is timed once. Raises ConfigError for sizes and counts that make no sense, and for an `out`
-    that cannot be written.
+    Raises ConfigError for sizes and counts that make no sense, and for an `out` that cannot be written.
     """
     check_out(out)
-    vocabularies, heads, ways = (tuple(dict.fromkeys(given)) for given in (vocabularies, heads, ways))
+    vocabularies, heads, ways = once(vocabularies), once(heads), once(ways)
     _check_ways(ways)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
