@@ -3,8 +3,8 @@
 1. Models: a checkpoint, whose held-out text gives prompts, or shapes with random weights. Those show what a step costs;
    how many of their drafts are accepted means nothing, and is not given. A checkpoint whose further heads are made
    random is the worst case of K chosen by what pays: the speedup is then what looking for it costs.
-2. Decoders: plain, and every number of drafts; transformers' `generate`, plainly and with prompt lookup; llama.cpp in
-   this process with 16-bit GGUF weights.
+2. Decoders: plain, and every number of drafts; the same in PyTorch, not compiled, where asked; transformers'
+   `generate`, plainly and with prompt lookup; llama.cpp in this process with 16-bit GGUF weights.
 3. Rounds: each decoder once a round, in turn, so that all meet the same machine. Times are of what follows the first
    token: the prompt is not in them. The row of a decoder holds the median of its rounds, the lowest and the highest.
 4. The bound: a step reads every weight of the next-token path once, so it takes at least their bytes / bandwidth.
@@ -24,12 +24,13 @@ import torch
 
 from foretoken.bench import check_out, once
 from foretoken.bench_cases import DTYPES, Case, checkpoint_case, random_case
-from foretoken.bench_peers import Timing, decoders, versions
+from foretoken.bench_peers import EAGER, Timing, decoders, versions
 from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.files import write_json
 from foretoken.formats import hf
+from foretoken.native import library
 from foretoken.request import Request
 
 
@@ -57,7 +58,7 @@ def bandwidth(device: str) -> float:
 
 
 def bench(
-    case: Case, rounds: int, peers: bool, draft_vocabs: Sequence[int], gb_s: float, display: Display
+    case: Case, rounds: int, peers: bool, draft_vocabs: Sequence[int], eager: bool, gb_s: float, display: Display
 ) -> list[dict[str, Any]]:
     """The rows of one model."""
     model, rows = case.make(), list[dict[str, Any]]()
@@ -66,7 +67,7 @@ def bench(
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_checkpoint(Path(temporary) / "checkpoint", model, case.tokenizer)  # of this type, for the peers
         for work in case.works:
-            runs = list(decoders(model, folder, work, case.drafts, peers, case.own_text, draft_vocabs))
+            runs = list(decoders(model, folder, work, case.drafts, peers, case.own_text, draft_vocabs, eager))
             found: list[list[Timing]] = [[] for _ in runs]
             for number in range(rounds + 1):  # the first warms up
                 where = f"{case.name}, {work.domain}, batch {work.batch}, round {number}/{rounds}"
@@ -75,6 +76,7 @@ def bench(
                     timing = run()
                     if number:
                         timings.append(timing)
+            eagerly = next((each for (label, _, _), each in zip(runs, found, strict=True) if label == EAGER), found[0])
             for (label, k, _), timings in zip(runs, found, strict=True):
                 row = {
                     "model": case.name,
@@ -87,6 +89,7 @@ def bench(
                     "decoder": label,
                     "drafts": k,
                     **_figures(timings, found[0], case.own_text or not k),
+                    **_differing(timings[0], eagerly[0] if label.startswith(EAGER) else found[0][0]),
                 }
                 if "rejection" in label:  # another sample of the same law
                     row["differing"] = row["margin"] = None
@@ -110,19 +113,21 @@ def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: boo
         "tokens_per_step": None,
         "ms_per_token": None,
         "speedup": None,
-        "differing": None,
-        "margin": None,
     }
     if meaningful:
         result["tokens_per_step"] = sum(t.tokens for t in timings) / sum(t.row_steps for t in timings)
         result["ms_per_token"] = statistics.median(1e3 * t.seconds / t.tokens for t in timings)
         result["speedup"] = statistics.median(speedup)
-    pairs = list(zip(timings[0].requests, plain[0].requests, strict=False))
-    if pairs:
-        margins = [gap for a, b in pairs if (gap := _margin(a, b)) is not None]
-        result["differing"] = len(margins) / len(pairs)
-        result["margin"] = max(margins, default=None)
     return result
+
+
+def _differing(timing: Timing, plain: Timing) -> dict[str, float | None]:
+    """Share of requests whose output is not that of plain steps of the same kind, and the widest margin."""
+    if not timing.requests:
+        return {"differing": None, "margin": None}
+    pairs = zip(timing.requests, plain.requests, strict=True)
+    margins = [gap for a, b in pairs if (gap := _margin(a, b)) is not None]
+    return {"differing": len(margins) / len(timing.requests), "margin": max(margins, default=None)}
 
 
 def _margin(a: Request, b: Request) -> float | None:
@@ -138,7 +143,7 @@ def bench_decode(
     n_future: int | None, batches: Sequence[int], temperatures: Sequence[float], context: int | None, tokens: int,
     prompts: int | None, rounds: int, dtype: str, device: str = "cpu", peers: bool, random_heads: bool = False,
     split_field: str | None = None, prompt_field: str | None = None, draft_vocabs: Sequence[int] = (),
-    out: Path | None = None,
+    eager: bool = False, out: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the command prints with --json, and writes to `out`: machine, versions, bandwidth_gb_s and rows.
 
@@ -165,6 +170,8 @@ def bench_decode(
             raise ConfigError(f"{name} = {value} must be at least {least}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if eager and device == "cpu" and library() is None:
+        raise ConfigError("--eager: nothing is compiled here, so that all steps are PyTorch's: leave it out")
     cases = [
         random_case(
             size, n_future, head_kind or "parallel", DTYPES[dtype], device, batches, temperatures or (0.0,), context,
@@ -185,7 +192,7 @@ def bench_decode(
         "versions": versions(),
         "bandwidth_gb_s": gb_s,
         "bandwidth_measured": "sum of float32 numbers (256 MiB, of a GPU 4 GiB), best of 10",
-        "rows": [row for case in cases for row in bench(case, rounds, peers, draft_vocabs, gb_s, display)],
+        "rows": [row for case in cases for row in bench(case, rounds, peers, draft_vocabs, eager, gb_s, display)],
     }
     if out is not None:
         write_json(out, result)

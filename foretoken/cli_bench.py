@@ -47,6 +47,7 @@ def decode(
     dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time transformers and llama.cpp too.")] = True,
+    eager: Annotated[bool, typer.Option("--eager", help="Time our steps as PyTorch runs them, too.")] = False,
     random_heads: Annotated[
         bool,
         typer.Option("--random-heads", help="Spoil the checkpoint's further heads: the worst case of drafts that pay."),
@@ -64,7 +65,7 @@ def decode(
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
             random_heads=random_heads, split_field=split_field, prompt_field=prompt_field,
-            draft_vocabs=draft_vocab or (), out=out,
+            draft_vocabs=draft_vocab or (), eager=eager, out=out,
         )  # fmt: skip
         if as_json:
             typer.echo(json.dumps(result))

@@ -22,6 +22,7 @@ from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
 from foretoken.lab import acceptance, retrofit
 from foretoken.model import Model
+from foretoken.native import Native, library
 from foretoken.pace import MOST_NODES
 from foretoken.tokenizer import byte_tokenizer
 
@@ -174,6 +175,47 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
     for name, _, decoder in bench_peers.decoders(model, checkpoint, Workload("text", prompts, 2, 5), [], True, False):
         timing = decoder()  # the last batch is not full
         assert (name, timing.steps, timing.row_steps, timing.tokens) == (name, 8, 12, 12)
+
+
+@pytest.mark.skipif(library() is None, reason="needs compiled steps")
+def test_steps_of_both_forms_in_one_run(run: Run, checkpoint: Path, tmp_path: Path, small_shape: None) -> None:  # noqa: F811
+    options = ["--data", texts(tmp_path), "--tokens", 20, "--prompts", 2, "--batch", 2, "--rounds", 1, "--no-peers"]
+    rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--eager", "--json").json["rows"]
+    rows_add_up(rows)
+    eager = [row for row in rows if row["decoder"].startswith(bench_peers.EAGER)]
+    ways = [(row["decoder"].removeprefix(bench_peers.EAGER), row["drafts"]) for row in eager]
+    assert ways == [("", 0), ("", 1), ("", 2), ("", 3), (", as many drafts as pay", None)]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert eager[0]["differing"] == 0.0  # of each form beside its own plain steps
+    assert eager[0]["tokens_per_step"] == 1.0
+    assert eager[0]["step_cost"] != 1.0
+
+
+def test_both_forms_read_the_same_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foretoken.checkpoint import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint, "float32")
+    compiled, work = model.stepper(), Workload("text", [[65, 66, 67, 68], [1, 2, 3]], 2, 12)
+    eager = bench_peers.eager(model)
+    assert eager.native is None
+    one = bench_peers.foretoken_decoder(model, work, 2)()
+    with monkeypatch.context() as without:
+        without.setattr(Native, "turn", None)
+        two = bench_peers.foretoken_decoder(model, work, 2, stepper=eager)()
+    assert [r.ids for r in one.requests] == [r.ids for r in two.requests]
+    assert model.stepper() is compiled
+    assert eager.current(model)
+    assert (compiled.native is None) == (library() is None)
+
+
+def test_eager_steps_where_nothing_is_compiled(
+    run: Run,  # noqa: F811
+    small_shape: None,
+    unmeasured: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_decode, "library", lambda: None)
+    wrong(run("bench", "decode", "--size", "30m", "--device", "cpu", "--eager"), "--eager: nothing is compiled here")
 
 
 def test_domains_are_told_apart() -> None:
