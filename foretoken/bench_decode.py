@@ -103,7 +103,7 @@ def _figures(timings: Sequence[Timing], plain: Sequence[Timing], meaningful: boo
     """Medians over the rounds, and ratios to plain decoding in the same rounds."""
     each = [1e3 * t.seconds / t.steps for t in timings]
     cost = [(t.seconds / t.steps) / (p.seconds / p.steps) for t, p in zip(timings, plain, strict=True)]
-    speedup = [p.seconds / p.tokens * t.tokens / t.seconds for t, p in zip(timings, plain, strict=True)]
+    speedup = [(p.seconds * t.tokens) / (p.tokens * t.seconds) for t, p in zip(timings, plain, strict=True)]
     result = {
         "ms_per_step": statistics.median(each),
         "min": min(each),
