@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from foretoken.completion import Generation, Options, begin, finished
 from foretoken.display import Display
+from foretoken.errors import ConfigError, DataError
 from foretoken.model import Model
 from foretoken.sampling import Accept
 from foretoken.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
 PROMPT_BYTES = 128
 SAMPLED_TEMPERATURE = 0.8
 
@@ -120,9 +124,14 @@ def _timed(model: Model, tokenizer: Tokenizer, prompt: str, options: Options, wa
     return finished(prompt, requests[0]), seconds
 
 
-def held_out_prompts(texts: Sequence[str], count: int) -> list[str]:
-    """`count` beginnings of lines with what precedes them, spread evenly over the held-out texts."""
+def held_out_prompts(texts: Sequence[str], count: int, where: str = "the held-out text") -> list[str]:
+    """`count` beginnings of lines with what precedes them, spread evenly over the held-out texts.
+
+    Raises DataError, which says `where`, if all texts are too short to cut prompts from.
+    """
     texts = [text for text in texts if len(text) > 4 * PROMPT_BYTES]
+    if not texts:
+        raise DataError(f"{where}: no text of more than {4 * PROMPT_BYTES} characters to take prompts from")
     prompts = []
     for index in range(count):
         text = texts[index % len(texts)]
@@ -144,3 +153,20 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int) -> float:
     """Share of the sequences' n-grams that are different ones: near 1 for varied text, small for loops."""
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def once(named: Iterable[Item]) -> tuple[Item, ...]:
+    """In this order, and what is named twice once: it would be timed again, and be two rows of one thing."""
+    return tuple(dict.fromkeys(named))
+
+
+def check_out(path: Path | None) -> None:
+    """Raises ConfigError where a result could not be written to `path`: asked before minutes are spent on it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a directory; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no directory {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--out {path}: no permission to write there")

@@ -5,6 +5,7 @@ A decoder is a function that runs a workload once. Times are of what follows the
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import time
@@ -15,14 +16,15 @@ from typing import Any, get_args
 
 import torch
 
-from foretoken.decode import decode
+from foretoken.decode import LARGEST_TREE, decode
 from foretoken.drafters import Lookup, Source
 from foretoken.errors import ForetokenError
 from foretoken.formats.gguf import MODEL, export_gguf
-from foretoken.model import Model
+from foretoken.model import Model, Stepper
 from foretoken.request import Request
 from foretoken.sampling import Accept, Sampling
 
+EAGER = "foretoken, PyTorch"
 GGUF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
@@ -75,10 +77,19 @@ def foretoken_decoder(
     source: Source = None,
     nodes: int | None = None,
     draft_vocab: int | None = None,
+    stepper: Stepper | None = None,
 ) -> Run:
-    """Our own decoding."""
+    """Our own decoding; stepper: by that form of the model."""
 
     def run() -> Timing:
+        own = model.stepper()
+        model.use_stepper(stepper or own)
+        try:
+            return timed()
+        finally:
+            model.use_stepper(own)
+
+    def timed() -> Timing:
         seconds, steps, done = 0.0, 0, list[Request]()
         for prompts in work.batches():
             requests = [Request(list(prompt), work.tokens, seed) for seed, prompt in enumerate(prompts)]
@@ -95,6 +106,14 @@ def foretoken_decoder(
         return Timing(seconds, steps, taken, len(done) * (work.tokens - 1), tuple(done))
 
     return run
+
+
+def eager(model: Model) -> Stepper:
+    """The model's decoding form with nothing compiled. It reads the same memory, so that both stay in use."""
+    stepper = copy.copy(model.stepper())
+    stepper.native = stepper.graphs = None
+    stepper.paces = {}
+    return stepper
 
 
 def transformers_decoder(
@@ -135,7 +154,10 @@ def transformers_decoder(
 
 
 def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
-    """llama.cpp in this process, on a GGUF file of the same weights; its own clock leaves the prompt out."""
+    """llama.cpp in this process, on a GGUF file of the same weights.
+
+    Its own clock begins with the first token, which the prompt's pass gave: that one is in its count, not in its time.
+    """
     import xllamacpp
 
     out = folder.parent / "gguf"
@@ -158,7 +180,7 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
             )  # fmt: skip
             timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
             milliseconds += timings["predicted_ms"]
-            tokens += int(timings["predicted_n"])
+            tokens += int(timings["predicted_n"]) - 1
         return Timing(milliseconds / 1e3, tokens, tokens, tokens)
 
     return run
@@ -166,12 +188,12 @@ def llama_cpp_decoder(folder: Path, work: Workload, dtype: torch.dtype) -> Run:
 
 def decoders(
     model: Model, folder: Path, work: Workload, drafts: Sequence[int], peers: bool, own_text: bool,
-    draft_vocabs: Sequence[int] = (),
+    draft_vocabs: Sequence[int] = (), not_compiled: bool = False,
 ) -> Iterator[tuple[str, int | None, Run]]:  # fmt: skip
     """(name, drafts, decoder) of all that is compared; peers that are not installed, or cannot run it, are left out.
 
     own_text: whether the model's text means anything, so that it says how many drafts pay. draft_vocabs: smaller
-    vocabularies of drafts, which are timed beside the whole one.
+    vocabularies of drafts, which are timed beside the whole one. not_compiled: our steps in PyTorch, too.
     """
     yield "foretoken", 0, foretoken_decoder(model, work, 0)
     for k in drafts:
@@ -182,11 +204,18 @@ def decoders(
             yield f"foretoken, drafts of {size} tokens", k, foretoken_decoder(model, work, k, draft_vocab=size)
     if most := max(drafts, default=0):
         for nodes in (most + 2, 2 * most + 2):
-            yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
+            if nodes <= LARGEST_TREE:
+                yield f"foretoken, tree of {nodes}", most, foretoken_decoder(model, work, most, nodes=nodes)
     if model.config.n_future > 1 and own_text:
         yield "foretoken, as many drafts as pay", None, foretoken_decoder(model, work, None)
     if own_text:
         yield "foretoken, lookup", None, foretoken_decoder(model, work, None, source=Lookup())
+    if not_compiled:
+        slow = eager(model)
+        for k in (0, *drafts):
+            yield EAGER, k, foretoken_decoder(model, work, k, stepper=slow)
+        if model.config.n_future > 1 and own_text:
+            yield f"{EAGER}, as many drafts as pay", None, foretoken_decoder(model, work, None, stepper=slow)
     if not peers or work.temperature > 0:
         return
     installed, dtype, device = versions(), model.dtype, model.device

@@ -14,8 +14,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,11 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foretoken.bench_decode import DTYPES, machine
+from foretoken.bench import check_out, once
+from foretoken.bench_cases import DTYPES
+from foretoken.bench_decode import machine
 from foretoken.bench_peers import versions
 from foretoken.config import ModelConfig
 from foretoken.display import Display
 from foretoken.errors import ConfigError
+from foretoken.files import write_json
 from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.model import Model
 
@@ -40,8 +43,12 @@ PEERS = ("liger", "cce", "cce_exact", "torch")  # other fused losses, a call per
 
 
 def shape(vocab_size: int, width: int, blocks: int, context: int, n: int) -> ModelConfig:
-    """A model of `blocks` blocks, the further heads' among them."""
+    """A model of `blocks` blocks, the further heads' among them. Raises ConfigError for a width that no heads share."""
     heads = max(1, width // 64)
+    if width // heads % 2:
+        raise ConfigError(
+            f"width = {width} gives attention heads an odd width, {width // heads}: take a multiple of 64"
+        )
     return ModelConfig.model_validate(
         {
             "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": -(-8 * width // 192) * 64,
@@ -146,9 +153,9 @@ def unembedded(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(F.linear(hidden, weight), labels)
 
 
-def measured(step: Callable[[Tensor], None], tokens: Tensor, rounds: int) -> tuple[list[float], float]:
-    """Seconds of each round, and the most MiB that one took above what lay there before."""
-    seconds, most = [], 0.0
+def measured(step: Callable[[Tensor], None], tokens: Tensor, rounds: int) -> tuple[list[float], float | None]:
+    """Seconds of each round, and the most MiB that one took above what lay there before; None: not to be known here."""
+    seconds, peaks = list[float](), list[float]()
     for number in range(rounds + 1):
         gc.collect()
         before = _begin_peak(tokens.device)
@@ -158,12 +165,13 @@ def measured(step: Callable[[Tensor], None], tokens: Tensor, rounds: int) -> tup
             torch.cuda.synchronize()
         if number:  # the first warms up, and makes the gradients
             seconds.append(time.perf_counter() - began)
-            most = max(most, _peak(tokens.device) - before)
-    return seconds, most
+            if before is not None:
+                peaks.append(max(0.0, _peak(tokens.device) - before))
+    return seconds, max(peaks, default=None)
 
 
-def _begin_peak(device: torch.device) -> float:
-    """Forget the highest use of memory so far; what is used now, in MiB."""
+def _begin_peak(device: torch.device) -> float | None:
+    """Forget the highest use of memory so far; what is used now, in MiB. None where that cannot be forgotten."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -172,14 +180,14 @@ def _begin_peak(device: torch.device) -> float:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it counts when it is taken again
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError):
-        return float("nan")  # not Linux
+        return None  # not Linux, or a container that keeps /proc as it is
     return _status("VmRSS")
 
 
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return _status("VmHWM") if sys.platform == "linux" else float("nan")
+    return _status("VmHWM")
 
 
 def _status(key: str) -> float:
@@ -213,11 +221,14 @@ def bench_train(
     dtype: str,
     device: str = "cpu",
     compiled: bool = False,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """What the command prints with --json: machine, versions, product_tflops and rows.
+    """What the command prints with --json, and writes to `out`: machine, versions, product_tflops and rows.
 
-    Raises ConfigError for sizes and counts that make no sense.
+    Raises ConfigError for sizes and counts that make no sense, and for an `out` that cannot be written.
     """
+    check_out(out)
+    vocabularies, heads, ways = once(vocabularies), once(heads), once(ways)
     _check_ways(ways)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
@@ -227,36 +238,44 @@ def bench_train(
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"{name} = {value} must be at least {least}")
+    shape(vocabularies[0], width, blocks, context, heads[0])
     ceiling = product_tflops(device, DTYPES[dtype])
     rows: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(0)
-    for vocabulary in vocabularies:
-        for way in ways:
-            for n in heads:
-                display.progress(f"V = {vocabulary}, {way}, n = {n}")
-                config = shape(vocabulary, width, blocks, context, n)
-                tokens = torch.randint(0, vocabulary, (batch, context + n), generator=generator).to(device)
-                model, step = step_of(way, config, DTYPES[dtype], device, compiled)
-                seconds, peak = measured(step, tokens, rounds)
-                took, work = statistics.median(seconds), flops(config, batch * context, context)
-                rows.append(
-                    {
-                        "vocabulary": vocabulary, "way": way, "n": n, "width": width, "blocks": blocks,
-                        "context": context, "batch": batch, "dtype": dtype, "compiled": compiled,
-                        "parameters": sum(p.numel() for p in model.parameters()), "ms": 1e3 * took,
-                        "min": 1e3 * min(seconds), "max": 1e3 * max(seconds), "runs": rounds,
-                        "tokens_per_second": batch * context / took, "peak_mib": peak, "flops": work,
-                        "tflops": work / took / 1e12, "utilisation": work / took / 1e12 / ceiling,
-                    }
-                )  # fmt: skip
-                del model, step
+    for vocabulary, way, n in itertools.product(vocabularies, ways, heads):
+        display.progress(f"V = {vocabulary}, {way}, n = {n}")
+        config = shape(vocabulary, width, blocks, context, n)
+        tokens = torch.randint(0, vocabulary, (batch, context + n), generator=generator).to(device)
+        model, step = step_of(way, config, DTYPES[dtype], device, compiled)
+        seconds, peak = measured(step, tokens, rounds)
+        took, work = statistics.median(seconds), flops(config, batch * context, context)
+        rows.append(
+            {
+                "vocabulary": vocabulary, "way": way, "n": n, "width": width, "blocks": blocks, "context": context,
+                "batch": batch, "dtype": dtype, "compiled": compiled,
+                "parameters": sum(p.numel() for p in model.parameters()), "ms": 1e3 * took, "min": 1e3 * min(seconds),
+                "max": 1e3 * max(seconds), "runs": rounds, "tokens_per_second": batch * context / took,
+                "peak_mib": peak, "flops": work, "tflops": work / took / 1e12,
+                "utilisation": work / took / 1e12 / ceiling,
+            }
+        )  # fmt: skip
+        del model, step
     display.progress("Done", last=True)
-    for row in rows:  # beside the first number of heads in the same way
-        (first,) = (
-            r for r in rows if r["vocabulary"] == row["vocabulary"] and r["way"] == row["way"] and r["n"] == heads[0]
-        )
-        row |= {f"{key}_ratio": row[key] / max(first[key], 1e-9) for key in ("ms", "flops", "peak_mib")}
-    return {"machine": {**machine(), "device": device}, "versions": versions(), "product_tflops": ceiling, "rows": rows}
+    _add_ratios(rows, len(heads))
+    found = {"machine": {**machine(), "device": device}, "versions": versions(), "product_tflops": ceiling}
+    result = {**found, "rows": rows}
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _add_ratios(rows: list[dict[str, Any]], heads: int) -> None:
+    """Beside the first number of heads in the same way: every so many rows are of one."""
+    for index, row in enumerate(rows):
+        first = rows[index - index % heads]
+        for key in ("ms", "flops", "peak_mib"):
+            unknown = row[key] is None or first[key] is None
+            row[f"{key}_ratio"] = None if unknown else row[key] / max(first[key], 1e-9)
 
 
 def _check_ways(ways: Sequence[str]) -> None:
@@ -277,6 +296,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ratios = [f"{row[key]:.2f}" for key in ("ms_ratio", "flops_ratio")]
         lines.append(
             (str(row["vocabulary"]), row["way"], str(row["n"]), spread, f"{row['tokens_per_second']:.0f}", *ratios,
-             f"{row['peak_mib']:.0f}", f"{row['peak_mib_ratio']:.2f}", f"{row['utilisation']:.2f}")
+             _shown(row["peak_mib"], 0), _shown(row["peak_mib_ratio"], 2), f"{row['utilisation']:.2f}")
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"

@@ -29,8 +29,10 @@ def decode(
         str | None, typer.Option(help="Field of records that are prompts as they stand, texts or lists of texts.")
     ] = None,
     size: Annotated[list[str] | None, typer.Option(help="Random weights: 30m, 110m, 350m, 1b; any number.")] = None,
-    head_kind: Annotated[str, typer.Option(help="Of the random weights: parallel, sequential, ...")] = "parallel",
-    n_future: Annotated[int, typer.Option(help="Of the random weights.")] = 4,
+    head_kind: Annotated[
+        str | None, typer.Option(help="Of the random weights: parallel, sequential, ... Default: parallel.")
+    ] = None,
+    n_future: Annotated[int | None, typer.Option(help="Of the random weights. Default: 4.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time; any number. Default: 1.")] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Any number. Default: 0; for a checkpoint, 0 and 0.8.")
@@ -38,13 +40,14 @@ def decode(
     draft_vocab: Annotated[
         list[int] | None, typer.Option(help="Time drafts among so many first tokens too; any number.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens before the timed ones, of the random weights.")] = 512,
+    context: Annotated[int | None, typer.Option(help="Tokens before random weights' timed ones. Default: 512.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
-    prompts: Annotated[int, typer.Option(help="Prompts of the checkpoint, per domain.")] = 8,
+    prompts: Annotated[int | None, typer.Option(help="Of the checkpoint, per domain. Default: 8, or a batch.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
     dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time transformers and llama.cpp too.")] = True,
+    eager: Annotated[bool, typer.Option("--eager", help="Time our steps as PyTorch runs them, too.")] = False,
     random_heads: Annotated[
         bool,
         typer.Option("--random-heads", help="Spoil the checkpoint's further heads: the worst case of drafts that pay."),
@@ -55,7 +58,6 @@ def decode(
     """Time decoding steps, plain and with drafts, beside transformers and llama.cpp on the same weights."""
     from foretoken.bench_decode import bench_decode, table
     from foretoken.display import Display
-    from foretoken.files import write_json
 
     with Display() as display:
         result = bench_decode(
@@ -63,10 +65,8 @@ def decode(
             batches=batch or [1], temperatures=temperature or (), context=context, tokens=tokens,
             prompts=prompts, rounds=rounds, dtype=dtype, device=device_of(device), peers=peers,
             random_heads=random_heads, split_field=split_field, prompt_field=prompt_field,
-            draft_vocabs=draft_vocab or (),
+            draft_vocabs=draft_vocab or (), eager=eager, out=out,
         )  # fmt: skip
-        if out is not None:
-            write_json(out, result)
         if as_json:
             typer.echo(json.dumps(result))
         else:
@@ -99,16 +99,13 @@ def train(
     """Time training steps and their memory, by number of heads and by how their loss is taken."""
     from foretoken.bench_train import WAYS, bench_train, table
     from foretoken.display import Display
-    from foretoken.files import write_json
 
     with Display() as display:
         result = bench_train(
             display, vocabularies=vocabulary or (256, 32_000, 128_256), heads=heads or (1, 2, 4, 8), ways=way or WAYS,
             width=width, blocks=blocks, context=context, batch=batch, rounds=rounds, dtype=dtype,
-            device=device_of(device), compiled=compiled,
+            device=device_of(device), compiled=compiled, out=out,
         )  # fmt: skip
-        if out is not None:
-            write_json(out, result)
         if as_json:
             typer.echo(json.dumps(result))
         else:

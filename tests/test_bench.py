@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 from conftest import tiny_model
 from test_cli import Run, run, wrong  # noqa: F401 - a fixture
 
-from foretoken import bench_decode, bench_peers, bench_train
+from foretoken import bench_cases, bench_decode, bench_peers, bench_train
 from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_prompts
 from foretoken.bench_peers import Workload
 from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
 from foretoken.lab import acceptance, retrofit
 from foretoken.model import Model
+from foretoken.native import Native, library
 from foretoken.pace import MOST_NODES
 from foretoken.tokenizer import byte_tokenizer
 
@@ -39,9 +41,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_decode.SHAPES, "30m", (64, 3, 2, 128))
-    monkeypatch.setattr(bench_decode, "VOCABULARY", 300)
+    monkeypatch.setitem(bench_cases.SHAPES, "30m", (64, 3, 2, 128))
+    monkeypatch.setattr(bench_cases, "VOCABULARY", 300)
     monkeypatch.setattr(bench_decode, "bandwidth", lambda _: 20.0)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is to be said before anything is timed."""
+
+    def early(*_: object) -> float:
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setattr(bench_train, "product_tflops", early)
+    monkeypatch.setattr(bench_decode, "bandwidth", early)
 
 
 def texts(folder: Path) -> Path:
@@ -157,20 +170,62 @@ def test_peers_decode_the_same(checkpoint: Path) -> None:
     for name, _, decoder in found:
         timing = decoder()
         assert timing.seconds > 0
-        assert 0 < timing.steps <= 10, name
-        assert timing.tokens >= 8, name
+        assert 0 < timing.steps <= 8, name
+        assert timing.tokens == 8, name  # the first of each prompt's five is in no time
     for name, _, decoder in bench_peers.decoders(model, checkpoint, Workload("text", prompts, 2, 5), [], True, False):
         timing = decoder()  # the last batch is not full
         assert (name, timing.steps, timing.row_steps, timing.tokens) == (name, 8, 12, 12)
 
 
+@pytest.mark.skipif(library() is None, reason="needs compiled steps")
+def test_steps_of_both_forms_in_one_run(run: Run, checkpoint: Path, tmp_path: Path, small_shape: None) -> None:  # noqa: F811
+    options = ["--data", texts(tmp_path), "--tokens", 20, "--prompts", 2, "--batch", 2, "--rounds", 1, "--no-peers"]
+    rows = run("bench", "decode", checkpoint, *options, "--temperature", 0, "--eager", "--json").json["rows"]
+    rows_add_up(rows)
+    eager = [row for row in rows if row["decoder"].startswith(bench_peers.EAGER)]
+    ways = [(row["decoder"].removeprefix(bench_peers.EAGER), row["drafts"]) for row in eager]
+    assert ways == [("", 0), ("", 1), ("", 2), ("", 3), (", as many drafts as pay", None)]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert eager[0]["differing"] == 0.0  # of each form beside its own plain steps
+    assert eager[0]["tokens_per_step"] == 1.0
+    assert eager[0]["step_cost"] != 1.0
+
+
+def test_both_forms_read_the_same_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foretoken.checkpoint import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint, "float32")
+    compiled, work = model.stepper(), Workload("text", [[65, 66, 67, 68], [1, 2, 3]], 2, 12)
+    eager = bench_peers.eager(model)
+    assert eager.native is None
+    one = bench_peers.foretoken_decoder(model, work, 2)()
+    with monkeypatch.context() as without:
+        without.setattr(Native, "turn", None)
+        two = bench_peers.foretoken_decoder(model, work, 2, stepper=eager)()
+    assert [r.ids for r in one.requests] == [r.ids for r in two.requests]
+    assert model.stepper() is compiled
+    assert eager.current(model)
+    assert (compiled.native is None) == (library() is None)
+
+
+def test_eager_steps_where_nothing_is_compiled(
+    run: Run,  # noqa: F811
+    small_shape: None,
+    unmeasured: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_decode, "library", lambda: None)
+    wrong(run("bench", "decode", "--size", "30m", "--device", "cpu", "--eager"), "--eager: nothing is compiled here")
+
+
 def test_domains_are_told_apart() -> None:
     sources = ["a/x.jsonl", "b/x.jsonl", "a/y.jsonl", "hf:org/name", "stdlib"]
     shown = ["a/x.jsonl", "b/x.jsonl", "y.jsonl", "hf:org/name", "stdlib"]
-    assert [bench_decode._domain(source, sources) for source in sources] == shown
-    assert bench_decode._domain("", []) == "held out"
+    assert [bench_cases._domain(source, sources) for source in sources] == shown
+    assert bench_cases._domain("", []) == "held out"
 
 
+CHECKPOINT, SHORT, LONG = "the checkpoint", "short.txt", "long.txt"
 MISTAKES: list[tuple[list[object], str]] = [
     ([], "nothing to time: name a checkpoint, or a --size"),
     (["--size", "huge"], "size huge: must be one of"),
@@ -179,15 +234,64 @@ MISTAKES: list[tuple[list[object], str]] = [
     (["--size", "30m", "--rounds", 0], "rounds = 0 must be at least 1"),
     (["--size", "30m", "--draft-vocab", 0], "draft_vocab = 0 must lie between 1 and the model's 300 tokens"),
     (["--size", "30m", "--dtype", "int4"], "dtype int4: must be one of"),
+    (["--size", "30m", "--temperature", -1], "temperature = -1.0 must be 0 (greedy) or a positive number"),
+    (["--size", "30m", "--head-kind", "horizontal"], "--head-kind, --n-future: head_kind: Input should be"),
+    (
+        ["--size", "30m", "--head-kind", "sequential", "--context", 1, "--tokens", 2],
+        "drafts = 3, but a model of 3 positions drafts 0 to 2 tokens per step",
+    ),
+    (["--size", "30m", "--data", "README.md"], "--data is of a checkpoint: name one, or leave it out"),
+    (["--size", "30m", "--split-field", "split"], "--split-field is of a checkpoint"),
+    (["--size", "30m", "--prompt-field", "turns"], "--prompt-field is of a checkpoint"),
+    (["--size", "30m", "--prompts", 8], "--prompts is of a checkpoint"),
+    (["--size", "30m", "--random-heads"], "--random-heads is of a checkpoint"),
+    ([CHECKPOINT, "--context", 64], "--context is of random weights: name a --size, or leave it out"),
+    ([CHECKPOINT, "--n-future", 4], "--n-future is of random weights"),
+    ([CHECKPOINT, "--head-kind", "parallel"], "--head-kind is of random weights"),
+    ([CHECKPOINT, "--size", "huge"], "size huge: must be one of"),
+    ([CHECKPOINT, "--data", SHORT], "short.txt: no text of more than 512 characters to take prompts from"),
+    ([CHECKPOINT, "--data", LONG, "--data", SHORT], "short.txt: no text of more than 512 characters"),
+    ([CHECKPOINT, "--data", LONG, "--tokens", 256], "tokens = 256 leaves no room for a prompt in the 256 positions of"),
+    ([CHECKPOINT, "--data", LONG, "--tokens", 300], "tokens = 300 leaves no room for a prompt in the 256 positions of"),
+    ([CHECKPOINT, "--data", LONG, "--batch", 4, "--prompts", 2], "batch = 4 is more than the 2 prompts of"),
+    ([CHECKPOINT, "--data", LONG, "--draft-vocab", 900], "draft_vocab = 900 must lie between 1 and the model's 260"),
     (["/no/such/checkpoint"], "/no/such/checkpoint"),
 ]
 
 
-@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=[part[:16] for _, part in MISTAKES])
-def test_mistakes(run: Run, small_shape: None, words: list[object], part: str) -> None:  # noqa: F811
-    done = run("bench", "decode", *words)
-    assert done.code == 2
-    assert part in done.errors.splitlines()[-1]
+@pytest.mark.parametrize(("words", "part"), MISTAKES, ids=[part[:40] for _, part in MISTAKES])
+def test_mistakes(
+    run: Run,  # noqa: F811
+    small_shape: None,
+    unmeasured: None,
+    checkpoint: Path,
+    tmp_path: Path,
+    words: list[object],
+    part: str,
+) -> None:
+    """In a line, before anything is measured."""
+    (tmp_path / SHORT).write_text("def f(x):\n    return x\n")
+    (tmp_path / LONG).write_text("def f(x):\n    return x\n" * 99)
+    given = {CHECKPOINT: checkpoint, SHORT: tmp_path / SHORT, LONG: tmp_path / LONG}
+    wrong(run("bench", "decode", *(given.get(str(word), word) for word in words)), part)
+
+
+def test_heads_that_are_not_there_cannot_be_spoilt(run: Run, unmeasured: None, tmp_path: Path) -> None:  # noqa: F811
+    model = tiny_model(vocab=260, n_future=1, dtype=torch.float32)
+    folder = save_checkpoint(tmp_path / "plain", model, byte_tokenizer())
+    wrong(run("bench", "decode", folder, "--random-heads"), "--random-heads: ", "has no further heads to spoil")
+
+
+def test_what_is_named_twice_is_timed_once(run: Run, small_shape: None) -> None:  # noqa: F811
+    options = ["--size", "30m", "--batch", 2, "--batch", 1, "--batch", 2, "--context", 9, "--tokens", 3, "--rounds", 1]
+    rows = run("bench", "decode", *options, "--n-future", 1, "--no-peers", "--json").json["rows"]
+    assert [row["batch"] for row in rows] == [2, 1]
+
+
+def test_trees_are_no_larger_than_decoding_takes(run: Run, small_shape: None) -> None:  # noqa: F811
+    options = ["--size", "30m", "--n-future", 17, "--context", 9, "--tokens", 3, "--rounds", 1, "--no-peers", "--json"]
+    trees = [row["decoder"] for row in run("bench", "decode", *options).json["rows"] if "tree" in row["decoder"]]
+    assert trees == ["foretoken, tree of 18"]
 
 
 def test_bandwidth_is_a_machines() -> None:
@@ -279,6 +383,63 @@ def test_training_steps(run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert apart["parameters"] - shared["parameters"] == 2 * 300 * 64  # a matrix for each further head
     assert len(run(*command).out.splitlines()) == 2 + len(rows)
     wrong(run(*command, "--way", "both"), "way both: must be one of")
+
+
+SMALL_STEP = ["--vocabulary", 40, "--heads", 1, "--width", 64, "--blocks", 2, "--context", 8, "--rounds", 1]
+
+
+def test_training_steps_named_twice_are_timed_once(run: Run) -> None:  # noqa: F811
+    twice = ["--vocabulary", 40, "--heads", 2, "--heads", 1, "--way", "chunked", "--way", "naive", "--way", "chunked"]
+    rows = run("bench", "train", *SMALL_STEP, *twice, "--json").json["rows"]
+    assert [(row["way"], row["n"]) for row in rows] == [("chunked", 1), ("chunked", 2), ("naive", 1), ("naive", 2)]
+    assert [row["ms_ratio"] == 1.0 for row in rows if row["n"] == 1] == [True, True]
+
+
+@pytest.mark.parametrize("width", [65, 130])
+def test_a_width_that_no_heads_share(run: Run, unmeasured: None, width: int) -> None:  # noqa: F811
+    wrong(
+        run("bench", "train", *SMALL_STEP, "--width", width), f"width = {width} gives attention heads an odd width, 65"
+    )
+
+
+def nowhere(folder: Path) -> list[tuple[Path, str]]:
+    (folder / "file").write_text("here")
+    missing = (folder / "none" / "out.json", f"there is no directory {folder / 'none'}")
+    return [missing, (folder, "is a directory; name a file"), (folder / "file" / "out.json", "there is no directory")]
+
+
+@pytest.mark.parametrize("command", [["train", *SMALL_STEP], ["decode", "--size", "30m"]], ids=["train", "decode"])
+def test_a_result_that_cannot_be_written(
+    run: Run,  # noqa: F811
+    unmeasured: None,
+    command: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for out, part in nowhere(tmp_path):
+        wrong(run("bench", *command, "--out", out), f"--out {out}: {part}")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    for out in (tmp_path / "file", tmp_path / "new"):
+        wrong(run("bench", *command, "--out", out), f"--out {out}: no permission to write there")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "here"
+
+
+def test_memory_that_cannot_be_measured_is_no_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """As in a container where nobody may write to /proc/self/clear_refs."""
+    write = Path.write_text
+
+    def refused(path: Path, *words: Any, **named: Any) -> int:
+        if path == Path("/proc/self/clear_refs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, *words, **named)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    (row,) = run("bench", "train", *SMALL_STEP, "--way", "chunked", "--json").json["rows"]
+    assert row["peak_mib"] is row["peak_mib_ratio"] is None
+    assert row["ms_ratio"] == 1.0
+    shown = run("bench", "train", *SMALL_STEP, "--way", "chunked").out.splitlines()[-1]
+    assert shown.count("| not measured ") == 2
 
 
 def test_every_way_to_take_the_loss_is_the_same_loss() -> None:

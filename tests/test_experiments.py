@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foretoken.config import OptimConfig
 from foretoken.errors import ConfigError, TrainingError
-from foretoken.lab import arithmetic, experiment, fit, heads, induction, information, intervals, nth_token, star
+from foretoken.lab import arithmetic, cli, experiment, fit, heads, induction, information, intervals, nth_token, star
 from foretoken.lab.experiment import EXPERIMENTS, find, page, run_experiment, settings_of, with_summary
 from foretoken.lab.story import ENDINGS, HELD_OUT, MADE_UP, NAMES, ONSETS, story, two_names
 from foretoken.native import library
@@ -456,6 +456,15 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="the size gpu needs a GPU"):
             run_experiment(quick, "gpu", settings, tmp_path, 1, lambda text: None)
+
+
+@pytest.mark.parametrize("name", ["information", "star", "all"])
+def test_a_field_of_no_data_is_a_mistake(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the first of all experiments runs."""
+    monkeypatch.setattr(experiment, "run_experiment", None)
+    with pytest.raises(ConfigError, match="--split-field split is of the records of --data: name them, or leave it"):
+        cli.run(name, size="smoke", split_field="split", out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["nth-token", "star"])

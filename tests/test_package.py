@@ -86,6 +86,7 @@ ORDER = [
     "display",
     "bench",
     "bench_peers",
+    "bench_cases",
     "bench_decode",
     "bench_train",
     "lab.stored",

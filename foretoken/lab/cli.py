@@ -53,6 +53,8 @@ def run(
     at_a_time = workers if workers is not None else (os.cpu_count() or 1) if size == "cpu" else 1
     if at_a_time < 1:
         raise ConfigError(f"workers = {at_a_time} must be at least 1")
+    if split_field is not None and not data:
+        raise ConfigError(f"--split-field {split_field} is of the records of --data: name them, or leave it out")
     found = {}
     with Display(quiet_text=as_json) as display:
         for each in names:
