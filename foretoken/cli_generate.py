@@ -23,6 +23,7 @@ from foretoken.cli_common import (
 
 if TYPE_CHECKING:
     from foretoken.completion import Options
+    from foretoken.tokenizer import Tokenizer
 
 Prompt = Annotated[str | None, typer.Argument(help="The text to continue.")]
 PromptFile = Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")]
@@ -92,7 +93,6 @@ def generate(
     from foretoken.checkpoint import load_checkpoint
     from foretoken.completion import stream
     from foretoken.display import summary
-    from foretoken.errors import ConfigError
 
     text = read_prompt(prompt, prompt_file)
     model, tokenizer = load_checkpoint(checkpoint, dtype_of(dtype), device_of(device))
@@ -107,8 +107,7 @@ def generate(
     options.update(_grammar(json_schema, regex, lark))
     if draft_model:
         options["draft_model"], other = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
-        if other.backend.get_vocab() != tokenizer.backend.get_vocab():
-            raise ConfigError(f"--draft-model {draft_model}: its tokens are not those of {checkpoint}")
+        _same_tokens(tokenizer, other, f"--draft-model {draft_model}: its tokens are not those of {checkpoint}")
     final, shown = None, "" if chat else text  # an answer stands alone
     for piece, final in stream(model, tokenizer, text, **options):  # noqa: B007 - the last one is used below
         if not as_json:
@@ -120,6 +119,13 @@ def generate(
     else:
         write("\n")
         summary(final)
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer, wrong: str) -> None:
+    from foretoken.errors import ConfigError
+
+    if one.backend.get_vocab() != other.backend.get_vocab():
+        raise ConfigError(wrong)
 
 
 def _grammar(json_schema: Path | None, regex: str, lark: Path | None) -> Options:

@@ -53,7 +53,7 @@ class Grammar:
 class GrammarMatcher:
     """See `processors.Matcher`."""
 
-    def __init__(self, matcher: Any, ends: set[int | None]) -> None:
+    def __init__(self, matcher: Any, ends: set[int]) -> None:
         self.matcher, self.ends = matcher, ends
         self.read = 0
 

@@ -176,7 +176,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     frame(backend, _SPECIALS[0])
-    return Tokenizer(backend, *(backend.token_to_id(name) for name in _SPECIALS))
+    bos, eos, pad = (backend.token_to_id(name) for name in _SPECIALS)
+    return Tokenizer(backend, bos, eos, pad)
 
 
 def from_config(config: TokenizerConfig) -> Tokenizer:
