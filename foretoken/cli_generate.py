@@ -23,6 +23,7 @@ from foretoken.cli_common import (
 
 if TYPE_CHECKING:
     from foretoken.completion import Options
+    from foretoken.model import Model
     from foretoken.tokenizer import Tokenizer
 
 Prompt = Annotated[str | None, typer.Argument(help="The text to continue.")]
@@ -106,8 +107,7 @@ def generate(
     }  # fmt: skip
     options.update(_grammar(json_schema, regex, lark))
     if draft_model:
-        options["draft_model"], other = load_checkpoint(draft_model, dtype_of(dtype), device_of(device))
-        _same_tokens(tokenizer, other, f"--draft-model {draft_model}: its tokens are not those of {checkpoint}")
+        options["draft_model"] = _draft_model(draft_model, tokenizer, dtype, device)
     final, shown = None, "" if chat else text  # an answer stands alone
     for piece, final in stream(model, tokenizer, text, **options):  # noqa: B007 - the last one is used below
         if not as_json:
@@ -121,11 +121,14 @@ def generate(
         summary(final)
 
 
-def _same_tokens(one: Tokenizer, other: Tokenizer, wrong: str) -> None:
+def _draft_model(folder: str, tokenizer: Tokenizer, dtype: str, device: str) -> Model:
+    from foretoken.checkpoint import load_checkpoint
     from foretoken.errors import ConfigError
 
-    if one.backend.get_vocab() != other.backend.get_vocab():
-        raise ConfigError(wrong)
+    model, own = load_checkpoint(folder, dtype_of(dtype), device_of(device))
+    if own.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise ConfigError(f"--draft-model {folder}: its tokens are not those of the model")
+    return model
 
 
 def _grammar(json_schema: Path | None, regex: str, lark: Path | None) -> Options:
