@@ -352,6 +352,7 @@ TRAIN_CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "source that is not there": (["--set", 'data.source=["/none/*.txt"]'], ["'/none/*.txt' matches no file"]),
     "seq_len": (["--set", "train.seq_len=9000"], ["train split: corpus has", "one window needs 9003"]),
+    "seed": (["--set", f"train.seed={2**63}"], ["train.seed: Input should be less than 9223372036854775808"]),
     "precision": (["--set", "train.precision=float8"], ["train.precision", '(got "float8")']),
     "resume of nothing": (["--resume"], ["no run that could be resumed"]),
     "option": (["--fast"], ["No such option", "--fast"]),
