@@ -299,7 +299,7 @@ def test_prepared_conversations(tmp_path: Path) -> None:
             else:
                 assert mask.all()
             learned, size = learned + int(mask.sum()), size + text_bytes
-        assert tokens.tokens_per_byte == pytest.approx(learned / size)
+        assert tokens.tokens_per_byte() == pytest.approx(learned / size)
         total += tokens.documents
         windows = Windows(tokens, 16, 3, batch_size=1, seed=0)
         batches = (windows.batch(step) for step in range(windows.windows_per_epoch))
