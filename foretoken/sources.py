@@ -142,7 +142,7 @@ def _json_records(path: Path, errors: str) -> Iterator[tuple[str, Mapping[str, A
                     record = json.loads(text) if text.strip() else None
                 except UnicodeDecodeError as error:
                     raise _invalid_utf8(path, offset + error.start) from None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not JSON: {error}") from None
                 if isinstance(record, dict):
                     yield f"{path}:{number}", record
@@ -240,7 +240,10 @@ def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any]
     if all(message["role"] != "assistant" for message in value):
         roles = ", ".join(dict.fromkeys(message["role"] for message in value))
         raise DataError(f"{where}: no message has the role assistant, so there is nothing to learn; roles are {roles}")
-    return tuple(each_text(value, lambda text: _without_surrogates(text, where, errors)))
+    try:
+        return tuple(each_text(value, lambda text: _without_surrogates(text, where, errors)))
+    except RecursionError:
+        raise DataError(f"{where}: a message is nested too deeply to be read") from None
 
 
 def _shown(value: object) -> str:

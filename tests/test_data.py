@@ -146,6 +146,7 @@ BAD = {
     "utf8.txt": (b"ab\n\xff", {}, r'utf8\.txt: invalid UTF-8 at byte 3; .* data\.errors = "replace"'),
     "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', {}, r"utf8\.jsonl: invalid UTF-8 at byte 24; "),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', {}, r"bad\.jsonl:2: not JSON: Expecting value"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000, {}, r"deep\.jsonl:1: not JSON"),
     "list.jsonl": (b"\n[1]", {}, r"list\.jsonl:2: a record must be an object"),
     "null.jsonl": (b"null", {}, r"null\.jsonl:1: a record must be an object"),
     "miss.jsonl": (b'{"b": 1, "a": 2}', {}, r"miss\.jsonl:1: no field 'text'; the record has a, b$"),
