@@ -456,7 +456,7 @@ def test_finished_and_full_folders(run: Run, corpus: Path, model: Path, tmp_path
     wrong(run("demo", "--out", model), "is not an earlier demo; choose another folder with --out")
     assert content(model) == before
     train_bpe(["a"], 260).save(tmp_path / "bpe")
-    wrong(run("train-tokenizer", corpus / "text", "--out", tmp_path / "bpe"), "holds a tokenizer already")
+    wrong(run("train-tokenizer", corpus / "text", "--out", tmp_path / "bpe"), "bpe: exists already; choose another")
     wrong(
         run("train-tokenizer", corpus / "text", "--vocab-size", 9, "--out", tmp_path / "new"), "vocab_size = 9 is too"
     )
@@ -571,6 +571,32 @@ def test_disk_full(run: Run, corpus: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-3", "metrics.jsonl"]
     checkpoint.load_checkpoint(out)
     assert run(*words, "--resume").code == 0
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_a_tokenizer_that_is_not_finished_leaves_nothing(
+    run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    """Interrupted, or without room, between its two files."""
+    write = Path.write_text
+
+    def write_text(path: Path, *text: Any, **options: Any) -> int:
+        if path.name == "tokenizer_config.json":
+            raise end
+        return write(path, *text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    done = run("train-tokenizer", corpus / "text", "--vocab-size", 270, "--out", tmp_path / "bpe")
+    assert done.code == 130 if isinstance(end, KeyboardInterrupt) else "bpe: cannot be written" in done.errors
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_a_tokenizer_goes_is_looked_at_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    nothing = tmp_path / "none.txt"
+    wrong(run("train-tokenizer", nothing, "--out", tmp_path / "file"), "file: exists already")
+    wrong(run("train-tokenizer", nothing, "--out", tmp_path / "file" / "bpe"), "bpe: cannot be written")
+    assert content(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
