@@ -21,6 +21,7 @@ import torch
 from small_runs import content, overrides, write_corpus
 
 from foretoken import checkpoint, cli, completion, metrics, optim, train_state
+from foretoken.cli_common import print_json
 from foretoken.formats import safetensors
 from foretoken.tokenizer import train_bpe
 
@@ -622,6 +623,31 @@ def test_no_permission(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pyte
     wrong(run("train", "tiny", "--out", tmp_path / "run", *sets(corpus)), "nothing can be written in")
     assert content(tmp_path) == {"file": b"mine"}
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(run: Run, model: Path, corpus: Path, tmp_path: Path, value: float) -> None:
+    """Those of the second further head alone harm no text."""
+    for name, part in (("all", "trunk.0.mlp.up_proj"), ("further", "heads.2.mlp.up_proj")):
+        spoiled, tokenizer = checkpoint.load_checkpoint(model, "float32")
+        spoiled.get_submodule(part).get_parameter("weight").data[0, 0] = value
+        checkpoint.save_checkpoint(tmp_path / name, spoiled, tokenizer)
+    wrong(run("evaluate", tmp_path / "all", corpus / "text", "--json"), "the loss of head 1 is nan: weights are no num")
+    wrong(run("evaluate", tmp_path / "further", corpus / "text"), "the loss of head 3 is nan: weights are no numbers")
+    (tmp_path / "text.txt").write_text("a line of a text that goes on\n" * 40)
+    own = ["distil-data", tmp_path / "all", "--data", tmp_path / "text.txt", "--out", tmp_path / "own.jsonl"]
+    own += ["--records", 2, "--max-tokens", 8]
+    for words in (["generate", tmp_path / "all", "a", "--temperature", 1], own):
+        for more in ([], ["--json"]):
+            wrong(run(*words, *more), "a token's log-probability is nan: the model's weights are no numbers")
+    words = ["a", "--max-tokens", 9, "--drafts", 2, "--json"]
+    text = run("generate", tmp_path / "further", *words).json["text"]
+    assert text == run("generate", model, *words, "--dtype", "float32").json["text"]
+
+
+def test_a_figure_that_is_no_number_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}})
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": {"c": null}}\n'
 
 
 def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
