@@ -190,7 +190,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        whole = len(set(self.loss.head_gradients)) == 3
+        n, whole = len(self.offsets), len(set(self.loss.head_gradients)) == 3
         if self.model.start_from is not None and self.tokenizer.model_fields_set:
             given = ", ".join(f"tokenizer.{key}" for key in sorted(self.tokenizer.model_fields_set))
             raise ValueError(f"model.start_from brings the tokenizer of its model: leave out {given}")
@@ -198,7 +198,7 @@ class Recipe(Section):
             raise ValueError(f"loss.offsets are for n_future = 1, not {self.model.n_future}: there head i has token i")
         if self.loss.distils and self.model.n_future == 1:
             raise ValueError("loss.soft, total_variation and acceptance train heads 2..n, and n_future = 1 has none")
-        if not whole and len(self.offsets) == 1:
+        if not whole and n == 1:
             raise ValueError("loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none")
         if self.model.head_kind == "anticausal" and not whole:
             raise ValueError("loss.head_gradients: anticausal heads are the next-token path, which they always train")
@@ -208,11 +208,6 @@ class Recipe(Section):
                 'loss.method = "sequential" goes head by head through parallel heads that train all they share; '
                 'use loss.method = "chunked"'
             )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_per_head(self) -> Recipe:
-        n = len(self.offsets)
         for point in self.loss.head_weights:
             weights = point.weights if isinstance(point, WeightPoint) else self.loss.head_weights
             if len(weights) != n:

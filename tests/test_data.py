@@ -285,6 +285,18 @@ def test_prepared_documents(tmp_path: Path) -> None:
         prepare(settings_, BYTES, "validation")
 
 
+def test_what_a_limit_cut_has_no_end(tmp_path: Path) -> None:
+    """A record whose finish_reason says so, whatever the format; others end as ever."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    records = [{"text": f"{i}", "finish_reason": ("length", "stop", None)[i % 3]} for i in range(60)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    for path in (write_lines(tmp_path / "a.jsonl", records), tmp_path / "a.parquet"):
+        tokens = prepare(config(tmp_path, path), BYTES, "train")
+        for document in map(tokens.document, range(tokens.documents)):
+            number = int(BYTES.decode(document.tolist()))
+            assert (document[-1] == BYTES.eos_id) == (number % 3 > 0)
+
+
 def test_text_with_special_names_and_merges(tmp_path: Path) -> None:
     text = "the cat<|eos|> sat on the mat " * 4
     tokenizer = train_bpe([text], 280)
