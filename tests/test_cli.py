@@ -229,6 +229,8 @@ def test_demo_with_a_sequential_head(run: Run, tmp_path: Path, monkeypatch: pyte
     ("options", "says"),
     [
         (("--head-kind", "chain"), "head_kind"),
+        (("--seed", str(2**63)), "train.seed: Input should be less than"),
+        (("--seed", str(2**63 - 9)), "--seed 9223372036854775799: that of the last prompt does not fit 64 bits"),
         (("--head-kind", "sequential", "--layers", "2"), "num_hidden_layers = 2"),
         (("--head-kind", "parallel", "--drafts", "4"), "--drafts 4: must be from 0 to 3 for 4 parallel heads"),
         (("--head-kind", "sequential", "--drafts", "33"), "--drafts 33: must be from 0 to 32"),
