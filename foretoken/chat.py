@@ -102,7 +102,7 @@ class ChatTemplate:
         for name, messages in conversations:
             try:
                 renderings.append(_without_marks(self._with_turns(each_text(messages, self._break))))
-            except DataError as error:
+            except (DataError, RecursionError) as error:
                 raise DataError(f"{name}: {error}") from None
         encoded = self._backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=False)
         return [self._chat(*pair) for pair in zip(renderings, encoded, strict=True)]

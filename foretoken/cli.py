@@ -213,7 +213,7 @@ app.add_typer(lab, name="lab")
 @app.command("train-tokenizer", epilog="Example: foretoken train-tokenizer 'src/**/*.py' --vocab-size 8192 --out bpe")
 def train_tokenizer(
     data: Annotated[list[str], typer.Argument(help="Files, folders, globs, stdlib or hf:NAME.")],
-    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json and tokenizer_config.json.")],
+    out: Annotated[Path, typer.Option(help="A new folder for tokenizer.json and tokenizer_config.json.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and specials included.")] = 32_768,
     text_field: Annotated[str, typer.Option(help="Field of a record's text.")] = "text",
     as_json: Json = False,
@@ -222,19 +222,18 @@ def train_tokenizer(
     from foretoken.config import DataConfig, validated
     from foretoken.data import documents
     from foretoken.display import Display
-    from foretoken.errors import ConfigError, DataError
+    from foretoken.errors import DataError
+    from foretoken.files import new_directory
     from foretoken.tokenizer import train_bpe
 
-    if (out / "tokenizer.json").exists():
-        raise ConfigError(f"{out}: holds a tokenizer already; choose another folder")
     config = validated(DataConfig, {"source": data, "text_field": text_field}, "options")
-    with Display(quiet_text=as_json) as display:
+    with new_directory(out) as staging, Display(quiet_text=as_json) as display:
         read = display.counted(documents(config, config.source), "documents read")
         first = next(read, None)
         if first is None:
             raise DataError(f"{' '.join(data)}: holds no text to train a tokenizer on")
         tokenizer = train_bpe((document.text for document in itertools.chain([first], read)), vocab_size)
-    tokenizer.save(out)
+        tokenizer.save(staging)
     values = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size}
     print_json(values) if as_json else display.table(values)
 

@@ -16,8 +16,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object, and nothing else, on standard output."""
-    print(json.dumps(values))
+    """One JSON object, and nothing else, on standard output; null for a figure that is no number."""
+    print(json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None)))
 
 
 def write(text: str) -> None:

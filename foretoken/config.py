@@ -118,6 +118,12 @@ class LossConfig(Section):
             raise ValueError(f"offsets = {list(self.offsets)} must rise")
         if self.method == "sequential" and (self.offsets or self.distils):
             raise ValueError('offsets and distillation need method = "chunked"')
+        if "head_beta" in self.model_fields_set and self.head_schedule != "geometric":
+            raise ValueError(f'head_beta is of head_schedule = "geometric", not "{self.head_schedule}"; leave it out')
+        if self.soft_top_k and not self.soft:
+            raise ValueError(f"soft_top_k = {self.soft_top_k} is of the term soft, which has no weight; leave it out")
+        if not self.data and not self.distils:
+            raise ValueError("data = 0 needs soft, total_variation or acceptance: heads 2..n would learn nothing")
         return self
 
 
@@ -148,7 +154,7 @@ class TrainConfig(Section):
     shard_within: int = Field(default=0, ge=0, description="processes a parameter is spread over; 0: all")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on a GPU")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_windows: int = Field(default=64, ge=1)
@@ -183,25 +189,17 @@ class Recipe(Section):
         return self.loss.offsets or tuple(range(1, self.model.n_future + 1))
 
     @model_validator(mode="after")
-    def _offsets_of_one_head(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
+        n, whole = len(self.offsets), len(set(self.loss.head_gradients)) == 3
+        if self.model.start_from is not None and self.tokenizer.model_fields_set:
+            given = ", ".join(f"tokenizer.{key}" for key in sorted(self.tokenizer.model_fields_set))
+            raise ValueError(f"model.start_from brings the tokenizer of its model: leave out {given}")
         if self.loss.offsets and self.model.n_future > 1:
             raise ValueError(f"loss.offsets are for n_future = 1, not {self.model.n_future}: there head i has token i")
         if self.loss.distils and self.model.n_future == 1:
             raise ValueError("loss.soft, total_variation and acceptance train heads 2..n, and n_future = 1 has none")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_per_head(self) -> Recipe:
-        n = len(self.offsets)
-        for point in self.loss.head_weights:
-            weights = point.weights if isinstance(point, WeightPoint) else self.loss.head_weights
-            if len(weights) != n:
-                raise ValueError(f"loss.head_weights has {len(weights)} weights for n_future = {n} heads")
-        return self
-
-    @model_validator(mode="after")
-    def _per_head_backward(self) -> Recipe:
-        whole = len(set(self.loss.head_gradients)) == 3
+        if not whole and n == 1:
+            raise ValueError("loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none")
         if self.model.head_kind == "anticausal" and not whole:
             raise ValueError("loss.head_gradients: anticausal heads are the next-token path, which they always train")
         plain = self.model.head_kind == "parallel" and whole
@@ -210,4 +208,8 @@ class Recipe(Section):
                 'loss.method = "sequential" goes head by head through parallel heads that train all they share; '
                 'use loss.method = "chunked"'
             )
+        for point in self.loss.head_weights:
+            weights = point.weights if isinstance(point, WeightPoint) else self.loss.head_weights
+            if len(weights) != n:
+                raise ValueError(f"loss.head_weights has {len(weights)} weights for n_future = {n} heads")
         return self

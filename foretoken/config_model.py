@@ -70,17 +70,13 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _drafter_reads_three_layers(self) -> ModelConfig:
+    def _kind_fits(self) -> ModelConfig:
+        _check_shared_block(self)
         if self.sequential and self.num_hidden_layers < 3:
             raise ValueError(
                 f'num_hidden_layers = {self.num_hidden_layers}, but head_kind = "sequential" needs at least 3: '
                 f"engines give such a drafter three layers' outputs"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kind_fits(self) -> ModelConfig:
-        _check_shared_block(self)
         if self.head_kind == "anticausal" and self.num_hidden_layers < self.n_future:
             raise ValueError(
                 f"num_hidden_layers = {self.num_hidden_layers}, but {self.n_future} anticausal heads are the last "

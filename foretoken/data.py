@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from foretoken.tokenizer import Tokenizer
 __all__ = ["Document", "Split", "Tokens", "documents", "prepare", "split_documents"]
 
 SHARD_TOKENS = 64 * 2**20
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22
 _ROW = 5  # numbers per document, see Tokens.rows
 
@@ -56,6 +56,7 @@ class Tokens:
     shard_tokens: int
     # Starts and ends, in order, of further tokens that are no targets: what others say between an assistant's turns.
     gaps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    bos: bool = False  # whether each document begins with one
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start..stop-1, int64."""
@@ -88,11 +89,15 @@ class Tokens:
         """UTF-8 bytes of document i's text, without its prompt and what others say: what bits per byte divide by."""
         return int(self.rows[i, 3])
 
-    @property
-    def tokens_per_byte(self) -> float:
-        """Tokens that are targets / UTF-8 bytes of text: turns a mean loss per token into one per byte."""
+    def tokens_per_byte(self, across_documents: bool = False) -> float:
+        """Tokens that are targets / UTF-8 bytes of text: turns a mean loss per token into one per byte.
+
+        bos is a target only of the document before it, where targets lie across documents. A text's first token counts
+        without one, too: the mean stands for it.
+        """
         first, stop, masked, text_bytes = self.rows[:, :4].sum(0)
-        return float((stop - first - masked - np.diff(self.gaps)[::2].sum()) / max(1, text_bytes))
+        bos = np.count_nonzero(self.rows[:, 2] == 0) if self.bos and not across_documents else 0
+        return float((stop - first - masked - bos - np.diff(self.gaps)[::2].sum()) / max(1, text_bytes))
 
     def domain(self, i: int) -> str | None:
         """The domain of document i, if its record named one."""
@@ -132,7 +137,7 @@ def prepare(
     if tokens.documents == 0:
         where = ", ".join(config.source if split == "train" else config.validation or config.source)
         raise DataError(f"no document for the {split} split in {where}: it is empty, or no record says so")
-    return tokens
+    return replace(tokens, bos=tokenizer.adds_bos)
 
 
 def _cache_root(config: DataConfig) -> Path:

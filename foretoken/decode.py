@@ -11,6 +11,7 @@ Rows advance by different numbers of tokens. A request that ends leaves its row 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.draft import Turn
 from foretoken.drafters import Lookup, LookupDrafter, Source, make_drafter, step_pace, tree_pace
-from foretoken.errors import ConfigError
+from foretoken.errors import CheckpointError, ConfigError
 from foretoken.model import Model
 from foretoken.pace import MOST_NODES, Pace
 from foretoken.processors import changes
@@ -51,7 +52,8 @@ def decode(
     pays where K is None. slots: how many requests run at a time, by default all; the others wait, and take the rows of
     those that end. source: where drafts come from, by default the model's heads. draft_vocab: of how many first tokens
     drafts are, by default all, or what pays where K is None. A request ends when its `finish_reason` is set, by
-    `commit` or by the caller between two yields. Raises ConfigError for a K or a prompt that the model cannot run.
+    `commit` or by the caller between two yields. Raises ConfigError for a K or a prompt that the model cannot run, and
+    CheckpointError where the model gives no numbers.
     """
     check_requests(model, requests, drafts, source)
     check_nodes(nodes, sampling, source)
@@ -250,6 +252,8 @@ def check_draft_vocab(draft_vocab: int | None, model: Model, source: Source = No
 def _commit(request: Request, tokens: Sequence[int], logprobs: Sequence[float]) -> list[int]:
     new: list[int] = []
     for token, logprob in zip(tokens, logprobs, strict=False):
+        if math.isnan(logprob):
+            raise CheckpointError("a token's log-probability is nan: the model's weights are no numbers, or overflow")
         request.commit(token, logprob)
         new.append(token)
         if request.finish_reason is not None:

@@ -105,6 +105,8 @@ def run_demo(
 def _check(recipe: Recipe, minutes: float, prompt_count: int, max_tokens: int) -> None:
     if not 0 < minutes < math.inf or prompt_count < 1 or max_tokens < 1:
         raise ConfigError("--minutes, --prompts and --max-tokens must be above 0")
+    if recipe.train.seed >= 2**63 - prompt_count:
+        raise ConfigError(f"--seed {recipe.train.seed}: that of the last prompt does not fit 64 bits")
     room = recipe.train.seq_len - PROMPT_BYTES - 1
     if max_tokens > room:
         raise ConfigError(f"--max-tokens {max_tokens}: at most {room} fit behind the prompts")

@@ -1,17 +1,20 @@
 """`foretoken distil-data`: text that a model writes itself, to train heads on what they will have to foresee.
 
-Prompts are beginnings of lines of your text, with what precedes them; record i depends on the checkpoint, the prompt
-and seed + i alone, so a file that was interrupted is gone on with.
+Prompts are beginnings of lines of your text, with what precedes them; the record with seed + i depends on the model,
+prompt i and the options that stand in it alone, so a file that was interrupted is gone on with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from foretoken.bench import held_out_prompts
-from foretoken.completion import generate
+from foretoken.completion import Options, begin, generate
 from foretoken.display import Display
 from foretoken.errors import ConfigError, DataError
 from foretoken.model import Model
@@ -19,49 +22,49 @@ from foretoken.tokenizer import Tokenizer
 
 
 def distil_data(
-    model: Model,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    out: str | Path,
-    *,
-    records: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    display: Display,
-) -> int:
-    """Append records (prompt, response, text, seed) to the JSON Lines file `out` until it holds so many.
+    model: Model, tokenizer: Tokenizer, texts: Sequence[str], out: str | Path, *, records: int, max_tokens: int,
+    temperature: float, seed: int, batch_size: int, display: Display,
+) -> int:  # fmt: skip
+    """Append records to the JSON Lines file `out` until it holds so many.
 
-    Returns how many were there before. Raises ConfigError for a file of other options, DataError for texts too short.
+    A record is prompt, response, text (both), finish_reason, seed, and what it was made with. A response ends where its
+    bytes are no UTF-8, and then, too, its finish_reason is "length". Returns how many records there were before. Raises
+    ConfigError for options that cannot be and a file of others, or of another model, DataError for texts too short.
     """
-    for name, value in (("records", records), ("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} = {value} must be at least 1")
+    if records < 1:
+        raise ConfigError(f"records = {records} must be at least 1")
     if not any(len(text) > 512 for text in texts):
         raise DataError("no text of more than 512 characters to take prompts from")
-    path = Path(out)
-    prompts = held_out_prompts(texts, records)
+    path, prompts = Path(out), held_out_prompts(texts, records)
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
+    begin(model, tokenizer, prompts, options)  # what is wrong with them is said before anything is written
+    made = {"max_tokens": max_tokens, "temperature": temperature, "model": _fingerprint(model, tokenizer)}
     begun, size = _complete(path)
-    for index, record in enumerate(begun[:records]):
-        if record.get("prompt") != prompts[index] or record.get("seed") != seed + index:
-            raise ConfigError(f"{path}: record {index + 1} was made with other options; choose another file")
+    for i, record in enumerate(begun[:records]):
+        if record != record | made | {"prompt": prompts[i], "seed": seed + i}:
+            raise ConfigError(f"{path}: record {i + 1} is of other options or another model; choose another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.truncate(size)  # a line that a kill cut short
         for start in range(len(begun), records, batch_size):
             display.progress(f"{start}/{records} records")
-            asked = prompts[start : start + batch_size]
-            written = generate(
-                model, tokenizer, asked, max_tokens=max_tokens, temperature=temperature, seed=seed + start,
-                batch_size=batch_size,
-            )  # fmt: skip
-            for prompt, generation in zip(asked, written, strict=True):
-                record = {"prompt": prompt, "response": generation.text, "text": prompt + generation.text}
-                file.write(json.dumps(record | {"seed": generation.seed}) + "\n")
+            options["seed"] = seed + start
+            for answer in generate(model, tokenizer, prompts[start : start + batch_size], **options):
+                response, cut, _ = answer.text.partition("\ufffd")
+                record = {"prompt": answer.prompt, "response": response, "text": answer.prompt + response}
+                record |= {"finish_reason": "length" if cut else answer.finish_reason, "seed": answer.seed, **made}
+                file.write(json.dumps(record) + "\n")
             file.flush()
     display.progress(f"{records}/{records} records", last=True)
     return len(begun)
+
+
+def _fingerprint(model: Model, tokenizer: Tokenizer) -> str:
+    """Digest of all that decides what a model writes."""
+    digest = hashlib.sha256(f"{model.config} {tokenizer.fingerprint}".encode())
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _complete(path: Path) -> tuple[list[dict[str, object]], int]:
@@ -74,7 +77,7 @@ def _complete(path: Path) -> tuple[list[dict[str, object]], int]:
     cut = data[len(whole) :][: len(begins)]
     try:
         found = [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
+    except (ValueError, RecursionError):
         found = [None]
     if not all(isinstance(record, dict) for record in found) or not begins.startswith(cut):
         raise ConfigError(f"{path}: holds something else than such records; choose another file")

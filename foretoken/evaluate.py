@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foretoken.checkpoint import recorded_recipe
 from foretoken.config import DataConfig, validated
-from foretoken.errors import ConfigError, DataError
+from foretoken.errors import CheckpointError, ConfigError, DataError
 from foretoken.framing import scored
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
@@ -137,7 +137,8 @@ def evaluate(
     at a time. max_bytes: no document is begun after that many bytes of text. bootstrap: draws behind each interval,
     the same documents for every head. `progress` hears about how many bytes of text are scored.
 
-    Raises ConfigError for a window the model cannot run, DataError where there is nothing to score.
+    Raises ConfigError for a window the model cannot run, DataError where there is nothing to score, CheckpointError for
+    a loss that is no number.
     """
     seq_len = model.config.max_position_embeddings if seq_len is None else seq_len
     stride = max(1, seq_len // 2) if stride is None else stride
@@ -256,6 +257,9 @@ def _run(model: Model, batch: Sequence[_Window]) -> float:
         labels[:, row, w.fresh - w.start : w.stop - w.start] = w.record.labels[:, w.fresh : w.stop]
     hidden = model(tokens.to(model.device), length=T)
     nll, choices = (part.cpu() for part in _score(model, hidden, labels.to(model.device)))
+    for depth, total in enumerate(nll.sum((1, 2)).tolist()):
+        if not math.isfinite(total):
+            raise CheckpointError(f"the loss of head {depth + 1} is {total}: weights are no numbers, or overflow")
     size = 0.0
     for row, w in enumerate(batch):
         inside = slice(w.fresh - w.start, w.stop - w.start)

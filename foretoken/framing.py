@@ -27,7 +27,7 @@ class Framed(NamedTuple):
 
 
 def framed(tokenizer: Tokenizer, documents: Sequence[Document], dtype: str) -> list[Framed]:
-    """Each document as bos, prompt, text, eos, or as the chat template has it. Raises DataError for a conversation."""
+    """Each document as bos, prompt, text, eos if not cut, or by the chat template, which may raise DataError."""
     bos = np.array([tokenizer.bos_id] if tokenizer.adds_bos else [], dtype)
     eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
     plain = [document for document in documents if not document.messages]
@@ -43,7 +43,8 @@ def framed(tokenizer: Tokenizer, documents: Sequence[Document], dtype: str) -> l
         else:
             prompt, text = next(prompts), next(texts)
             masked = len(bos) + len(prompt) if document.prompt else 0
-            found.append(Framed(np.concatenate([bos, prompt, text, eos]), masked, [], len(utf8(document.text))))
+            ids = np.concatenate([bos, prompt, text, eos[:0] if document.cut else eos])
+            found.append(Framed(ids, masked, [], len(utf8(document.text))))
     return found
 
 

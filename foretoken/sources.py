@@ -45,7 +45,8 @@ _LEFT_OUT = (*_TESTS, *_NOT_LIBRARY, "turtledemo", "__pycache__")
 class Document:
     """One text. `prompt` is read by the model but is no target; `split` is what the record's split field says.
 
-    messages: of a conversation, whose `text` is what the assistant says.
+    messages: of a conversation, whose `text` is what the assistant says. cut: it ends where a limit cut it, so that
+    no eos stands behind it; as a record's finish_reason "length" says.
     """
 
     text: str
@@ -54,6 +55,7 @@ class Document:
     domain: str | None = None
     split: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    cut: bool = False
 
 
 def documents(config: DataConfig, sources: Sequence[str]) -> Iterator[Document]:
@@ -142,7 +144,7 @@ def _json_records(path: Path, errors: str) -> Iterator[tuple[str, Mapping[str, A
                     record = json.loads(text) if text.strip() else None
                 except UnicodeDecodeError as error:
                     raise _invalid_utf8(path, offset + error.start) from None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not JSON: {error}") from None
                 if isinstance(record, dict):
                     yield f"{path}:{number}", record
@@ -161,7 +163,7 @@ def _parquet_records(config: DataConfig, path: Path) -> Iterator[tuple[str, Mapp
     try:
         with parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
-            wanted = {field for field in _fields(config) if field is not None}
+            wanted = {field for field in _fields(config) if field is not None} | {"finish_reason"} & names
             # Without one of them every column is read, so that the error can name those there are.
             for batch in file.iter_batches(batch_size=1024, columns=sorted(wanted) if wanted <= names else None):
                 for record in batch.to_pylist():
@@ -219,7 +221,7 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
             values.append(None if value is None else str(value))
         prompt, text, domain, split = values
         if text:
-            yield Document(text, where, prompt or "", domain, split, messages)
+            yield Document(text, where, prompt or "", domain, split, messages, record.get("finish_reason") == "length")
 
 
 def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any], ...]:
@@ -240,7 +242,10 @@ def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any]
     if all(message["role"] != "assistant" for message in value):
         roles = ", ".join(dict.fromkeys(message["role"] for message in value))
         raise DataError(f"{where}: no message has the role assistant, so there is nothing to learn; roles are {roles}")
-    return tuple(each_text(value, lambda text: _without_surrogates(text, where, errors)))
+    try:
+        return tuple(each_text(value, lambda text: _without_surrogates(text, where, errors)))
+    except RecursionError:
+        raise DataError(f"{where}: a message is nested too deeply to be read") from None
 
 
 def _shown(value: object) -> str:

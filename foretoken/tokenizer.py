@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from foretoken.config import TokenizerConfig
 from foretoken.errors import ConfigError, DataError
+from foretoken.files import read_json
 
 _SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 _USUAL_NAMES = {
@@ -189,7 +190,8 @@ def load(path: str | Path) -> Tokenizer:
     """A tokenizer from a `tokenizer.json`, or the directory that holds one, with the JSON files beside it.
 
     bos, eos and pad are what tokenizer_config.json or special_tokens_map.json name, else the ids in
-    generation_config.json or config.json, else the usual names. Raises DataError for a file missing or damaged.
+    generation_config.json or config.json, else the usual names. Raises DataError, and for JSON beside it
+    CheckpointError, where a file is missing or damaged.
     """
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -201,13 +203,17 @@ def load(path: str | Path) -> Tokenizer:
         raise DataError(f"tokenizer {file}: not a tokenizer.json: {error}") from None
     beside: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
-        beside.update(_read_json(file.with_name(name)))
-    bos, eos, pad = (_special_id(backend, role, beside) for role in ("bos", "eos", "pad"))
+        if (path := file.with_name(name)).exists():
+            beside |= read_json(path)
+    bos, eos, pad = (_special_id(backend, role, beside, file) for role in ("bos", "eos", "pad"))
     template = file.with_name("chat_template.jinja")
-    chat_template = template.read_text(encoding="utf-8") if template.is_file() else beside.get("chat_template")
+    try:
+        chat_template = template.read_text(encoding="utf-8") if template.is_file() else beside.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{template}: invalid UTF-8 at byte {error.start}") from None
     ends = beside.get("eos_token_id")
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} - {eos}
-    further = tuple(i for i in ends if i in special) if isinstance(ends, list) else ()
+    further = tuple(i for i in ends if isinstance(i, int) and i in special) if isinstance(ends, list) else ()
     return Tokenizer(backend, bos, eos, pad, chat_template, further)
 
 
@@ -243,23 +249,15 @@ def _canonical(backend: tokenizers.Tokenizer) -> str:
     return json.dumps(json.loads(backend.to_str()), sort_keys=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer {path}: not JSON: {error}") from None
-    return values if isinstance(values, dict) else {}
-
-
-def _special_id(backend: tokenizers.Tokenizer, role: str, beside: dict[str, Any]) -> int | None:
+def _special_id(backend: tokenizers.Tokenizer, role: str, beside: dict[str, Any], file: Path) -> int | None:
     if f"{role}_token" in beside:
         token = beside[f"{role}_token"]
         name = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(name, str | None):
+            raise DataError(f"tokenizer {file}: {role}_token = {name!r} in a file beside it; must be a token's text")
         return None if name is None else backend.token_to_id(name)
     ids = beside.get(f"{role}_token_id")
     for token_id in ids if isinstance(ids, list) else [ids]:
-        if isinstance(token_id, int) and backend.id_to_token(token_id) is not None:
+        if isinstance(token_id, int) and 0 <= token_id < 2**32 and backend.id_to_token(token_id) is not None:
             return token_id
     return next((i for i in map(backend.token_to_id, _USUAL_NAMES[role]) if i is not None), None)

@@ -260,8 +260,8 @@ def _targets(batch: Batch, recipe: Recipe) -> torch.Tensor:
 
 
 def _meter(recipe: Recipe, tokens: Tokens, world: World = ALONE) -> Meter:
-    offsets = recipe.offsets
-    return Meter(len(offsets), tokens.tokens_per_byte, offsets[-1] == len(offsets), world.total)
+    offsets, ratio = recipe.offsets, tokens.tokens_per_byte(recipe.loss.targets_across_documents)
+    return Meter(len(offsets), ratio, offsets[-1] == len(offsets), world.total)
 
 
 def _packed(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:

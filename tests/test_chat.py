@@ -302,7 +302,7 @@ def test_prepared_conversations(tmp_path: Path) -> None:
             else:
                 assert mask.all()
             learned, size = learned + int(mask.sum()), size + text_bytes
-        assert tokens.tokens_per_byte == pytest.approx(learned / size)
+        assert tokens.tokens_per_byte() == pytest.approx(learned / size)
         total += tokens.documents
         windows = Windows(tokens, 16, 3, batch_size=1, seed=0)
         batches = (windows.batch(step) for step in range(windows.windows_per_epoch))
@@ -396,6 +396,21 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = STYLES["chatml"].tokenizer
     model = tiny_model(n_future=4, vocab=tokenizer.vocab_size, dtype=torch.float32, peaked=False)
     return save_checkpoint(tmp_path_factory.mktemp("chat") / "model", model, tokenizer)
+
+
+def test_what_is_nested_too_deeply_is_an_error_of_ours(tmp_path: Path) -> None:
+    """Wherever on its way a message's further key meets Python's limit."""
+    template, refused = ChatTemplate(STYLES["chatml"].tokenizer), 0
+    for depth in range(100, 1000, 10):
+        talk = [{"role": "user", "content": "a", "x": None}, {"role": "assistant", "content": "b"}]
+        text = json.dumps({"messages": talk}).replace("null", "[" * depth + "]" * depth)
+        (tmp_path / "a.jsonl").write_text(text)
+        try:
+            (document,) = documents(DataConfig(messages_field="messages"), [str(tmp_path / "a.jsonl")])
+            template.encode([(document.name, document.messages)])
+        except DataError:
+            refused += 1
+    assert 0 < refused < 90
 
 
 def test_generation_answers_a_message(chatty: Path) -> None:

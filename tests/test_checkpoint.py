@@ -417,6 +417,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "older rope": (CONFIG, keys(rope_parameters=..., rope_scaling={"type": "linear"}), "rope type 'linear'; supported"),
     "rope without its factor": (CONFIG, keys(rope_parameters={"rope_type": "llama3"}), "rope: 'factor' is missing"),
     "rope that is a list": (CONFIG, keys(rope_parameters=[1]), "rope_parameters = [1]; must be an object"),
+    "layers that are no list": (CONFIG, keys(layer_types=3), "layer_types = 3; must be a list"),
+    "layers that are a word": (CONFIG, keys(layer_types="full_attention"), "must be a list"),
+    "nested": (CONFIG, write("[" * 100_000), "config.json: not JSON"),
     "theta that is a word": (CONFIG, keys(rope_parameters=..., rope_theta="many"), "rope_theta"),
     "index without a map": (
         "model.safetensors.index.json",

@@ -24,6 +24,7 @@ from small_runs import content, overrides, write_corpus
 
 from foretoken import checkpoint, cli, completion, metrics, optim, train_state
 from foretoken.checkpoint import load_checkpoint, save_checkpoint
+from foretoken.cli_common import print_json
 from foretoken.formats import safetensors
 from foretoken.tokenizer import train_bpe
 
@@ -231,6 +232,8 @@ def test_demo_with_a_sequential_head(run: Run, tmp_path: Path, monkeypatch: pyte
     ("options", "says"),
     [
         (("--head-kind", "chain"), "head_kind"),
+        (("--seed", str(2**63)), "train.seed: Input should be less than"),
+        (("--seed", str(2**63 - 9)), "--seed 9223372036854775799: that of the last prompt does not fit 64 bits"),
         (("--head-kind", "sequential", "--layers", "2"), "num_hidden_layers = 2"),
         (("--head-kind", "parallel", "--drafts", "4"), "--drafts 4: must be from 0 to 3 for 4 parallel heads"),
         (("--head-kind", "sequential", "--drafts", "33"), "--drafts 33: must be from 0 to 32"),
@@ -355,6 +358,7 @@ TRAIN_CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "source that is not there": (["--set", 'data.source=["/none/*.txt"]'], ["'/none/*.txt' matches no file"]),
     "seq_len": (["--set", "train.seq_len=9000"], ["train split: corpus has", "one window needs 9003"]),
+    "seed": (["--set", f"train.seed={2**63}"], ["train.seed: Input should be less than 9223372036854775808"]),
     "precision": (["--set", "train.precision=float8"], ["train.precision", '(got "float8")']),
     "resume of nothing": (["--resume"], ["no run that could be resumed"]),
     "option": (["--fast"], ["No such option", "--fast"]),
@@ -458,7 +462,7 @@ def test_finished_and_full_folders(run: Run, corpus: Path, model: Path, tmp_path
     wrong(run("demo", "--out", model), "is not an earlier demo; choose another folder with --out")
     assert content(model) == before
     train_bpe(["a"], 260).save(tmp_path / "bpe")
-    wrong(run("train-tokenizer", corpus / "text", "--out", tmp_path / "bpe"), "holds a tokenizer already")
+    wrong(run("train-tokenizer", corpus / "text", "--out", tmp_path / "bpe"), "bpe: exists already; choose another")
     wrong(
         run("train-tokenizer", corpus / "text", "--vocab-size", 9, "--out", tmp_path / "new"), "vocab_size = 9 is too"
     )
@@ -575,6 +579,32 @@ def test_disk_full(run: Run, corpus: Path, tmp_path: Path) -> None:
     assert run(*words, "--resume").code == 0
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_a_tokenizer_that_is_not_finished_leaves_nothing(
+    run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    """Interrupted, or without room, between its two files."""
+    write = Path.write_text
+
+    def write_text(path: Path, *text: Any, **options: Any) -> int:
+        if path.name == "tokenizer_config.json":
+            raise end
+        return write(path, *text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    done = run("train-tokenizer", corpus / "text", "--vocab-size", 270, "--out", tmp_path / "bpe")
+    assert done.code == 130 if isinstance(end, KeyboardInterrupt) else "bpe: cannot be written" in done.errors
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_a_tokenizer_goes_is_looked_at_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    nothing = tmp_path / "none.txt"
+    wrong(run("train-tokenizer", nothing, "--out", tmp_path / "file"), "file: exists already")
+    wrong(run("train-tokenizer", nothing, "--out", tmp_path / "file" / "bpe"), "bpe: cannot be written")
+    assert content(tmp_path) == {"file": b"mine"}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_full_for_metrics(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def enter(log: metrics.MetricsLog) -> metrics.MetricsLog:
@@ -598,6 +628,31 @@ def test_no_permission(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pyte
     wrong(run("train", "tiny", "--out", tmp_path / "run", *sets(corpus)), "nothing can be written in")
     assert content(tmp_path) == {"file": b"mine"}
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(run: Run, model: Path, corpus: Path, tmp_path: Path, value: float) -> None:
+    """Those of the second further head alone harm no text."""
+    for name, part in (("all", "trunk.0.mlp.up_proj"), ("further", "heads.2.mlp.up_proj")):
+        spoiled, tokenizer = checkpoint.load_checkpoint(model, "float32")
+        spoiled.get_submodule(part).get_parameter("weight").data[0, 0] = value
+        checkpoint.save_checkpoint(tmp_path / name, spoiled, tokenizer)
+    wrong(run("evaluate", tmp_path / "all", corpus / "text", "--json"), "the loss of head 1 is nan: weights are no num")
+    wrong(run("evaluate", tmp_path / "further", corpus / "text"), "the loss of head 3 is nan: weights are no numbers")
+    (tmp_path / "text.txt").write_text("a line of a text that goes on\n" * 40)
+    own = ["distil-data", tmp_path / "all", "--data", tmp_path / "text.txt", "--out", tmp_path / "own.jsonl"]
+    own += ["--records", 2, "--max-tokens", 8]
+    for words in (["generate", tmp_path / "all", "a", "--temperature", 1], own):
+        for more in ([], ["--json"]):
+            wrong(run(*words, *more), "a token's log-probability is nan: the model's weights are no numbers")
+    words = ["a", "--max-tokens", 9, "--drafts", 2, "--json"]
+    text = run("generate", tmp_path / "further", *words).json["text"]
+    assert text == run("generate", model, *words, "--dtype", "float32").json["text"]
+
+
+def test_a_figure_that_is_no_number_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}})
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": {"c": null}}\n'
 
 
 def test_nan(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from foretoken import data, sources
 from foretoken.config import DataConfig
 from foretoken.data import Tokens, prepare
 from foretoken.errors import ConfigError, DataError
+from foretoken.loss import IGNORE, targets
 from foretoken.sources import Document, documents, split_documents
 from foretoken.tokenizer import byte_tokenizer, train_bpe
 from foretoken.windows import Windows
@@ -145,6 +146,7 @@ BAD = {
     "utf8.txt": (b"ab\n\xff", {}, r'utf8\.txt: invalid UTF-8 at byte 3; .* data\.errors = "replace"'),
     "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', {}, r"utf8\.jsonl: invalid UTF-8 at byte 24; "),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', {}, r"bad\.jsonl:2: not JSON: Expecting value"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000, {}, r"deep\.jsonl:1: not JSON"),
     "list.jsonl": (b"\n[1]", {}, r"list\.jsonl:2: a record must be an object"),
     "null.jsonl": (b"null", {}, r"null\.jsonl:1: a record must be an object"),
     "miss.jsonl": (b'{"b": 1, "a": 2}', {}, r"miss\.jsonl:1: no field 'text'; the record has a, b$"),
@@ -281,6 +283,18 @@ def test_prepared_documents(tmp_path: Path) -> None:
     assert tokens.read(0, 14).dtype == np.int64
     with pytest.raises(DataError, match=r"no document for the validation split in .*a\.jsonl"):
         prepare(settings_, BYTES, "validation")
+
+
+def test_what_a_limit_cut_has_no_end(tmp_path: Path) -> None:
+    """A record whose finish_reason says so, whatever the format; others end as ever."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    records = [{"text": f"{i}", "finish_reason": ("length", "stop", None)[i % 3]} for i in range(60)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    for path in (write_lines(tmp_path / "a.jsonl", records), tmp_path / "a.parquet"):
+        tokens = prepare(config(tmp_path, path), BYTES, "train")
+        for document in map(tokens.document, range(tokens.documents)):
+            number = int(BYTES.decode(document.tolist()))
+            assert (document[-1] == BYTES.eos_id) == (number % 3 > 0)
 
 
 def test_text_with_special_names_and_merges(tmp_path: Path) -> None:
@@ -578,6 +592,24 @@ def test_windows_refuse_what_cannot_be(tmp_path: Path) -> None:
         Windows(tokens, 3, 2, 1, 0)
     with pytest.raises(ConfigError, match=r"batch_size = 3 is not a multiple of the 2 processes"):
         Windows(tokens, 1, 1, 3, 0).batch(0, 0, 2)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("prompts", [False, True])
+def test_tokens_per_byte_count_what_head_1_predicts(prompts: bool, across: bool, tmp_path: Path) -> None:
+    """A document's bos is predicted only where targets lie across documents, and there behind another one."""
+    records = [{"text": f"document {i}" * (i % 3 + 1), "ask": "ask" if i % 2 else ""} for i in range(60)]
+    fields = {"prompt_field": "ask", "response_field": "text"} if prompts else {}
+    tokens = prepare(config(tmp_path, write_lines(tmp_path / "a.jsonl", records), **fields), BYTES, "train")
+    windows = Windows(tokens, 16, 2, batch_size=4, seed=0)
+    batches = [windows.batch(step) for step in range(-(-windows.windows_per_epoch // 4))]
+    parts = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "document_ids", "label_mask"))
+    tokens_, documents_, mask = (part[: windows.windows_per_epoch] for part in parts)
+    labels = targets(tokens_, documents_, mask, 2, across_documents=across)[0]
+    assert (labels == BYTES.bos_id).any() == across
+    first_is_bos = int(across and not tokens.rows[windows._epoch(0).documents[0], 2])  # which nothing predicts
+    size = sum(tokens.text_bytes(i) for i in range(tokens.documents))
+    assert tokens.tokens_per_byte(across) * size == pytest.approx(int((labels != IGNORE).sum()) + first_is_bos)
 
 
 def test_prompts_reach_the_batch_as_no_labels(tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
 from test_cli import Run, run, wrong  # noqa: F401 - a fixture
 
-from foretoken.checkpoint import load_model, save_checkpoint
+from foretoken.checkpoint import load_checkpoint, load_model, save_checkpoint
+from foretoken.completion import generate
+from foretoken.config import DataConfig
+from foretoken.data import prepare
 from foretoken.recipe import load_recipe
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.train import train
@@ -17,8 +21,19 @@ from foretoken.train import train
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
+    """It writes ASCII, and ends a text after a dozen tokens or so."""
+    tiny = tiny_model(vocab=260, dtype=torch.float32, peaked=False, seed=3)
+    with torch.no_grad():
+        tiny.embed_tokens.weight[:, 0], tiny.norm.weight[0] = 5, 1  # a feature that is always there
+        tiny.lm_head.weight[:, 0] = 0
+        tiny.lm_head.weight[128:, 0] = -20
+        tiny.lm_head.weight[byte_tokenizer().eos_id, 0] = 0.4
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "model", tiny, byte_tokenizer())
 
+
+@pytest.fixture(scope="module")
+def any_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes any bytes, often no UTF-8."""
     tiny = tiny_model(vocab=260, dtype=torch.float32, peaked=False, seed=3)
     return save_checkpoint(tmp_path_factory.mktemp("model") / "model", tiny, byte_tokenizer())
 
@@ -50,6 +65,37 @@ def test_interrupted_it_is_the_same_file(run: Run, model: Path, text: Path, tmp_
     assert len({record["response"] for record in records}) > 3
 
 
+def test_a_response_ends_where_it_is_no_text(run: Run, any_bytes: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """And counts as cut there, so that no end is learned."""
+    out = tmp_path / "own.jsonl"
+    run(*command(any_bytes, text, out, 30))
+    model, tokenizer = load_checkpoint(any_bytes)
+    cut = 0
+    for record in map(json.loads, out.read_text().splitlines()):
+        ids = generate(model, tokenizer, record["prompt"], max_tokens=8, temperature=1.0, seed=record["seed"]).ids
+        assert "\ufffd" not in record["text"]
+        if len(record["response"].encode()) < 8 and tokenizer.eos_id not in ids:
+            cut += 1
+            assert record["finish_reason"] == "length"
+        assert bytes(i for i in ids if i < 256).startswith(record["response"].encode())
+    assert cut > 20
+
+
+def test_a_response_that_the_limit_cut_teaches_no_end(run: Run, model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    out, tokenizer = tmp_path / "own.jsonl", byte_tokenizer()
+    run(*command(model, text, out, 40))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    ends = {record["prompt"] + record["response"]: record["finish_reason"] for record in records}
+    assert set(ends.values()) == {"stop", "length"}
+    config = DataConfig(
+        source=(str(out),), prompt_field="prompt", response_field="response", cache_dir=str(tmp_path / "cache")
+    )
+    tokens = prepare(config, tokenizer, "train")
+    for document in map(tokens.document, range(tokens.documents)):
+        end = ends[tokenizer.decode(document.tolist())]
+        assert (document[-1] == tokenizer.eos_id) == (end == "stop")
+
+
 def test_heads_learn_from_it(run: Run, model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "own.jsonl"
     run(*command(model, text, out, 40))
@@ -63,11 +109,24 @@ def test_heads_learn_from_it(run: Run, model: Path, text: Path, tmp_path: Path) 
     assert load_model(tmp_path / "run", None).config.n_future == 4
 
 
-def test_mistakes(run: Run, model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_mistakes(run: Run, model: Path, any_bytes: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "own.jsonl"
     run(*command(model, text, out, 3))
-    wrong(run(*command(model, text, out, 3, "--seed", 1)), "record 1 was made with other options")
-    wrong(run(*command(model, text, out, 0)), "records = 0 must be at least 1")
+    before = out.read_text()
+    for other in (["--seed", 1], ["--temperature", 0.5], ["--max-tokens", 9], ["--dtype", "bfloat16"]):
+        wrong(run(*command(model, text, out, 3, *other)), "record 1 is of other options or another model; choose")
+    wrong(run(*command(any_bytes, text, out, 3)), "record 1 is of other options or another model; choose")
+    assert out.read_text() == before
+    for option, value, says in (
+        ("--records", 0, "records = 0 must be at least 1"),
+        ("--max-tokens", 0, "max_tokens = 0 must be at least 1"),
+        ("--max-tokens", 200, "exceed the model's 256 positions"),
+        ("--batch-size", 0, "batch_size = 0 must be at least 1"),
+        ("--temperature", -1, "temperature = -1.0 must be 0 (greedy) or a positive number"),
+        ("--seed", 2**63 - 20, "seed = 9223372036854775788 does not fit 64 bits"),  # of the last records
+    ):
+        wrong(run(*command(model, text, tmp_path / "new.jsonl", 30, option, value)), says)
+        assert not (tmp_path / "new.jsonl").exists()
     out.write_text("[1]\n")
     wrong(run(*command(model, text, out, 3)), "holds something else")
     for theirs in ("my only copy", '{"a": 1}\n{"a": 2}', '{"pro'[:4] + "x"):

@@ -22,6 +22,7 @@ from foretoken.distil import Terms, distil_loss, teachable
 from foretoken.errors import ConfigError, TrainingError
 from foretoken.loss import IGNORE, scales, targets, valid_counts
 from foretoken.model import Model
+from foretoken.recipe import load_recipe
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.train import train
 
@@ -281,6 +282,15 @@ MISTAKES = {
     "two schedules": (['loss.head_schedule="reverse"', "loss.head_weights=[1,1,1,1]"], "both say the weights"),
     "offsets": (["loss.offsets=[1, 3]"], "loss.offsets are for n_future = 1, not 4"),
     "falling offsets": (["loss.offsets=[3, 1]"], "must rise"),
+    # keys that would do nothing
+    "tokenizer": (["tokenizer.kind=bytes"], "start_from brings the tokenizer of its model: leave out tokenizer.kind"),
+    "beta": (["loss.head_schedule=reverse", "loss.head_beta=0.5"], 'of head_schedule = "geometric", not "reverse"'),
+    "top k": (["loss.soft=0", "loss.soft_top_k=4"], "soft_top_k = 4 is of the term soft, which has no weight"),
+    "nothing to learn": (["loss.data=0", "loss.soft=0"], "data = 0 needs soft, total_variation or acceptance"),
+    "gradients": (
+        ["model.n_future=1", "model.frozen=false", "loss.soft=0", "loss.head_gradients=[]"],
+        "loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none",
+    ),
 }
 
 
@@ -291,12 +301,32 @@ def test_mistakes(name: str, plain: Path, corpus: Path, tmp_path: Path) -> None:
         train(retrofitted(plain, corpus, *sets), tmp_path / "run")
 
 
+def test_keys_that_do_something() -> None:
+    """What switches a part off, or says what holds anyway, is no mistake."""
+    overrides = (
+        ("loss.soft=0", "loss.soft_top_k=0"),
+        ("loss.head_schedule=geometric", "loss.head_beta=0.5"),
+        ("loss.data=0", "loss.soft_top_k=4"),
+        ("loss.data=0", "loss.soft=0", "loss.acceptance=1"),
+        (
+            "model.n_future=1",
+            "model.frozen=false",
+            "loss.soft=0",
+            'loss.head_gradients=["embedding", "unembedding", "trunk"]',
+        ),
+        ("model.n_future=1", "model.frozen=false", "loss.soft=0", "loss.offsets=[1, 2]", "loss.head_gradients=[]"),
+    )
+    for sets in overrides:
+        load_recipe("retrofit", ("model.start_from=x", *sets))
+
+
 # Schedules
 
 
 def test_schedules_worked_example() -> None:
     def at(schedule: str, steps: list[int], n: int = 3) -> list[list[float]]:
-        config = LossConfig.model_validate({"head_schedule": schedule, "head_beta": 0.5})
+        beta = {"head_beta": 0.5} if schedule == "geometric" else {}
+        config = LossConfig.model_validate({"head_schedule": schedule, **beta})
         return [optim.head_weights(step, 90, n, config) for step in steps]
 
     assert at("geometric", [0, 89]) == [[1, 0.5, 0.25]] * 2

@@ -17,7 +17,7 @@ from tokenizers import models
 
 from foretoken import tokenizer as tk
 from foretoken.config import TokenizerConfig
-from foretoken.errors import ConfigError, DataError
+from foretoken.errors import CheckpointError, ConfigError, DataError
 
 CORPUS = ["the cat sat on the mat\n" * 20, "def f(x):\n    return x + 1\n" * 20, "Grüße, 你好 🙂\n" * 20]
 SPECIAL_WORDS = st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "<|unused|>", "</s>"])
@@ -128,6 +128,7 @@ def test_chat_template_survives(tmp_path: Path) -> None:
         ({"generation_config.json": {"eos_token_id": [0, 2], "pad_token_id": None}}, (1, 0, None)),
         ({"config.json": {"bos_token_id": 2}, "tokenizer_config.json": {"bos_token": "<s>"}}, (1, 2, None)),
         ({"config.json": {"bos_token_id": 999_999}}, (1, 2, None)),
+        ({"config.json": {"bos_token_id": 2**40, "pad_token_id": -1}}, (1, 2, None)),
     ],
 )
 def test_special_tokens_are_found_beside_the_file(
@@ -198,7 +199,18 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         tk.load(tmp_path)
     BPE.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config.json: not JSON") as beside:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: not JSON") as beside:
+        tk.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: not JSON"):
+        tk.load(tmp_path)
+    for token in (5, ["<|eos|>"], {"content": 5}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        with pytest.raises(DataError, match=r"tokenizer .*tokenizer.json: eos_token = .* must be a token's text"):
+            tk.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(DataError, match=r"chat_template.jinja: invalid UTF-8 at byte 4"):
         tk.load(tmp_path)
     assert not any("\n" in str(info.value) for info in (missing, damaged, beside))
     for tokenizer in (BYTES, BPE):

@@ -224,5 +224,7 @@ def _refuse_unsupported(values: dict[str, Any], architecture: Architecture, wher
     # Mistral's window is on unless the key holds null (4096 without it), Qwen's only when use_sliding_window says so.
     window = values.get("sliding_window", 4096) if architecture == "mistral" else values.get("use_sliding_window")
     layers = values.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise CheckpointError(f"{where}: layer_types = {layers!r}; must be a list of each layer's kind of attention")
     if window or any(kind != "full_attention" for kind in layers):
         raise CheckpointError(f"{where}: sliding-window attention is not supported; full attention is")

@@ -95,7 +95,7 @@ def bits_at(model: Model, held_out: Windows, offset: int, count: int) -> float:
         hidden = model(batch.tokens, length=held_out.seq_len)[:1]
         nats += float(mtp_loss(hidden, model.lm_head.weight, labels, torch.ones(1)).sums)
         number += int(valid_counts(labels))
-    return nats / number / math.log(2) * held_out.tokens.tokens_per_byte
+    return nats / number / math.log(2) * held_out.tokens.tokens_per_byte()
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
@@ -111,7 +111,7 @@ def unigram_bits(recipe: Recipe, tokenizer: Tokenizer, most: int = 4_000_000) ->
     held_out = prepare(recipe.data, tokenizer, "validation")
     seen = _counts(torch.from_numpy(held_out.read(0, min(most, held_out.total))), tokenizer)
     nats = -(seen * (counts / counts.sum()).log()).sum() / seen.sum()
-    return float(nats) / math.log(2) * held_out.tokens_per_byte
+    return float(nats) / math.log(2) * held_out.tokens_per_byte(across_documents=True)  # of all tokens, bos too
 
 
 def _counts(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
