@@ -30,13 +30,7 @@ from foretoken.parallel import ALONE, World, whole
 from foretoken.provenance import Provenance, recorded_digests, write_provenance
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
-from foretoken.train_state import (
-    TRAIN_STATE,
-    read_adapters,
-    read_train_state,
-    training_tensors,
-    write_train_state,
-)
+from foretoken.train_state import TRAIN_STATE, read_adapters, read_train_state, training_tensors, write_train_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"

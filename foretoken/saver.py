@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from foretoken.checkpoint import (
-    STEP_PREFIX,
-    Contents,
-    gather_checkpoint,
-    prune,
-    save_checkpoint,
-    write_checkpoint,
-)
+from foretoken.checkpoint import STEP_PREFIX, Contents, gather_checkpoint, prune, save_checkpoint, write_checkpoint
 from foretoken.config import TrainConfig
 from foretoken.errors import ForetokenError
 from foretoken.model import Model

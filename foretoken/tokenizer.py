@@ -108,10 +108,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` and `load` read."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        values: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
+        values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.chat_template is None:  # whose marks would be split, too
             values["split_special_tokens"] = True  # there as here, text that spells a special token is text
         for role, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):

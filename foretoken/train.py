@@ -17,12 +17,7 @@ from pathlib import Path
 import torch
 
 from foretoken import metrics, optim, retrofit
-from foretoken.checkpoint import (
-    STEP_PREFIX,
-    load_train_state,
-    newest_step,
-    prune,
-)
+from foretoken.checkpoint import STEP_PREFIX, load_train_state, newest_step, prune
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Split, Tokens, prepare
 from foretoken.distil import Terms, distil_loss, teachable
