@@ -162,12 +162,8 @@ def bench_decode(
         _none_of({"head-kind": head_kind, "n-future": n_future, "context": context}, "random weights: name a --size")
     n_future, context = 4 if n_future is None else n_future, 512 if context is None else context
     prompts = max(8, *batches) if prompts is None else prompts
-    for name, value, least in (
-        ("tokens", tokens, 2), ("rounds", rounds, 1), ("prompts", prompts, 1), ("context", context, 1),
-        ("n_future", n_future, 1), ("batch", min(batches), 1),
-    ):  # fmt: skip
-        if value < least:
-            raise ConfigError(f"{name} = {value} must be at least {least}")
+    _at_least(2, tokens=tokens)
+    _at_least(1, rounds=rounds, prompts=prompts, context=context, n_future=n_future, batch=min(batches))
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if eager and device == "cpu" and library() is None:
@@ -186,17 +182,25 @@ def bench_decode(
         )  # fmt: skip
         cases.insert(0, case)
     display.say("Measuring memory bandwidth")
-    gb_s = bandwidth(device)
+    gb_s, rows = bandwidth(device), list[dict[str, Any]]()
+    while cases:
+        rows += bench(cases.pop(0), rounds, peers, draft_vocabs, eager, gb_s, display)  # whose model is then freed
     result = {
         "machine": {**machine(), "device": device},
         "versions": versions(),
         "bandwidth_gb_s": gb_s,
         "bandwidth_measured": "sum of float32 numbers (256 MiB, of a GPU 4 GiB), best of 10",
-        "rows": [row for case in cases for row in bench(case, rounds, peers, draft_vocabs, eager, gb_s, display)],
+        "rows": rows,
     }
     if out is not None:
         write_json(out, result)
     return result
+
+
+def _at_least(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < least:
+            raise ConfigError(f"{name} = {value} must be at least {least}")
 
 
 def _none_of(options: dict[str, object], of: str) -> None:

@@ -68,6 +68,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.source = source = _source(tokenizer.chat_template)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the tokenizer's chat template: line {error.lineno}: {error.message}") from None
+        except Exception as error:  # it becomes a program, whose limits Python has
+            raise DataError(f"the tokenizer's chat template: {type(error).__name__}: {error}") from None
         self.tokenizer = tokenizer
         # Of its own: here special tokens in the text are tokens, and no post-processor trims offsets or adds a bos.
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -80,10 +86,6 @@ class ChatTemplate:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         self._variables = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         self._has_blocks = _BLOCK.search(source) is not None
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the tokenizer's chat template: line {error.lineno}: {error.message}") from None
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """The text of a conversation, as transformers renders it; its own {% generation %} blocks stay marked."""
@@ -181,7 +183,7 @@ def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end a text: eos, the end of a turn where a chat template writes one, and what else it came with."""
     turn = None
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(DataError):  # a template that fails says so where it is used
+        with contextlib.suppress(DataError):  # without a template that fails; where it is used it says so
             turn = chat_template(tokenizer).end_id
     return tuple(dict.fromkeys(i for i in (tokenizer.eos_id, turn, *tokenizer.further_ends) if i is not None))
 
@@ -197,8 +199,8 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
 def _source(template: object) -> str:
     """The template's text; of several with names the default one."""
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if not isinstance(template, str) or not template:
         raise DataError("the tokenizer has no chat template; put one into chat_template.jinja beside tokenizer.json")
     return template

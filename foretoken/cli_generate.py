@@ -56,7 +56,7 @@ Lookup = Annotated[
 ]
 DraftModel = Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Answer: the prompt is a user's message, for the chat template.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after what ends a text.")]
 
 
 def generate(
@@ -126,7 +126,8 @@ def _draft_model(folder: str, tokenizer: Tokenizer, dtype: str, device: str) -> 
     from foretoken.errors import ConfigError
 
     model, own = load_checkpoint(folder, dtype_of(dtype), device_of(device))
-    if own.backend.get_vocab() != tokenizer.backend.get_vocab():
+    words, own_words = (each.backend.get_vocab(with_added_tokens=False) for each in (tokenizer, own))
+    if words != own_words:  # added ones may have other names or be more: such models draft well
         raise ConfigError(f"--draft-model {folder}: its tokens are not those of the model")
     return model
 

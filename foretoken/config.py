@@ -122,8 +122,6 @@ class LossConfig(Section):
             raise ValueError(f'head_beta is of head_schedule = "geometric", not "{self.head_schedule}"; leave it out')
         if self.soft_top_k and not self.soft:
             raise ValueError(f"soft_top_k = {self.soft_top_k} is of the term soft, which has no weight; leave it out")
-        if not self.data and not self.distils:
-            raise ValueError("data = 0 needs soft, total_variation or acceptance: heads 2..n would learn nothing")
         return self
 
 
@@ -198,6 +196,9 @@ class Recipe(Section):
             raise ValueError(f"loss.offsets are for n_future = 1, not {self.model.n_future}: there head i has token i")
         if self.loss.distils and self.model.n_future == 1:
             raise ValueError("loss.soft, total_variation and acceptance train heads 2..n, and n_future = 1 has none")
+        if not self.loss.data and not self.loss.distils:
+            needs = "needs soft, total_variation or acceptance: heads 2..n would learn nothing"
+            raise ValueError(f"loss.data = 0 {needs if n > 1 else 'is of heads 2..n, and n_future = 1 has none'}")
         if not whole and n == 1:
             raise ValueError("loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none")
         if self.model.head_kind == "anticausal" and not whole:

@@ -56,7 +56,7 @@ class Tokens:
     shard_tokens: int
     # Starts and ends, in order, of further tokens that are no targets: what others say between an assistant's turns.
     gaps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    bos: bool = False  # whether each document begins with one
+    bos: bool = False  # whether each document begins with one of framing's
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start..stop-1, int64."""
@@ -137,7 +137,7 @@ def prepare(
     if tokens.documents == 0:
         where = ", ".join(config.source if split == "train" else config.validation or config.source)
         raise DataError(f"no document for the {split} split in {where}: it is empty, or no record says so")
-    return replace(tokens, bos=tokenizer.adds_bos)
+    return replace(tokens, bos=tokenizer.adds_bos and config.messages_field is None)
 
 
 def _cache_root(config: DataConfig) -> Path:

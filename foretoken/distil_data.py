@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from foretoken.bench import held_out_prompts
+from foretoken.chat import end_ids
 from foretoken.completion import Options, begin, generate
 from foretoken.display import Display
-from foretoken.errors import ConfigError, DataError
+from foretoken.errors import ConfigError
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
 
@@ -33,9 +34,7 @@ def distil_data(
     """
     if records < 1:
         raise ConfigError(f"records = {records} must be at least 1")
-    if not any(len(text) > 512 for text in texts):
-        raise DataError("no text of more than 512 characters to take prompts from")
-    path, prompts = Path(out), held_out_prompts(texts, records)
+    path, prompts = Path(out), held_out_prompts(texts, records, "the data")
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
     begin(model, tokenizer, prompts, options)  # what is wrong with them is said before anything is written
     made = {"max_tokens": max_tokens, "temperature": temperature, "model": _fingerprint(model, tokenizer)}
@@ -61,7 +60,7 @@ def distil_data(
 
 def _fingerprint(model: Model, tokenizer: Tokenizer) -> str:
     """Digest of all that decides what a model writes."""
-    digest = hashlib.sha256(f"{model.config} {tokenizer.fingerprint}".encode())
+    digest = hashlib.sha256(f"{model.config} {tokenizer.fingerprint} {end_ids(tokenizer)}".encode())
     for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

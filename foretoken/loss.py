@@ -19,7 +19,7 @@ from torch import Tensor
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 26  # logits held at a time, whatever n, T and V are; on a GPU `ON_GPU` times as many
 ON_GPU = 4
-SLICE = 1 << 12  # tokens of the vocabulary
+SLICE, SLICE_ELEMENTS = 1 << 12, 1 << 22  # of the vocabulary on a CPU: tokens, and logits that are held in a wide type
 
 
 def targets(
@@ -153,7 +153,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk_rows(weight: Tensor, positions: int) -> int:
     """Positions whose logits are held at a time: chunks of one size, as near as can be."""
-    most = max(1, CHUNK_ELEMENTS * (ON_GPU if weight.device.type == "cuda" else 1) // weight.size(0))
+    size = weight.size(0)
+    if weight.device.type == "cuda":
+        most = max(1, CHUNK_ELEMENTS * ON_GPU // size)
+    else:
+        most = max(1, min(CHUNK_ELEMENTS // size, SLICE_ELEMENTS // min(SLICE, size)))
     return -(-positions // -(-positions // most))
 
 
@@ -191,12 +195,12 @@ class _Chunk:
 
         That of the weight is added to `grad_weight`, if it is given.
         """
-        found = -factor[:, None] * self.weight[label].to(factor.dtype)
-        room = self.weight.new_empty(self.parts[0].size(1), self.weight.size(1))
+        found, room = -factor[:, None] * self.weight[label].to(factor.dtype), None
         for part, columns, top in zip(self.parts, self.slices, self.tops, strict=True):
             share = (factor * (top - self.normaliser).exp())[:, None]
             found += (part @ self.weight[columns]) * share
             if grad_weight is not None:
+                room = torch.empty_like(self.weight[self.slices[0]]) if room is None else room
                 taught = (share * self.states).to(part.dtype)
                 grad_weight[columns] += torch.mm(part.T, taught, out=room[: part.size(1)])
         if grad_weight is not None:

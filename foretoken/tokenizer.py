@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
@@ -36,7 +36,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """One vocabulary. `bos_id`, `eos_id` and `pad_id` are None where it has no such token.
 
-    further_ends: special tokens that end a text beside eos, which generation_config.json lists.
+    further_ends: tokens that end a text beside eos, as generation_config.json or config.json lists them.
     """
 
     backend: tokenizers.Tokenizer
@@ -209,8 +209,7 @@ def load(path: str | Path) -> Tokenizer:
     except UnicodeDecodeError as error:
         raise DataError(f"{template}: invalid UTF-8 at byte {error.start}") from None
     ends = beside.get("eos_token_id")
-    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} - {eos}
-    further = tuple(i for i in ends if isinstance(i, int) and i in special) if isinstance(ends, list) else ()
+    further = tuple(i for i in ends if i != eos and _known(backend, i)) if isinstance(ends, list) else ()
     return Tokenizer(backend, bos, eos, pad, chat_template, further)
 
 
@@ -255,6 +254,10 @@ def _special_id(backend: tokenizers.Tokenizer, role: str, beside: dict[str, Any]
         return None if name is None else backend.token_to_id(name)
     ids = beside.get(f"{role}_token_id")
     for token_id in ids if isinstance(ids, list) else [ids]:
-        if isinstance(token_id, int) and 0 <= token_id < 2**32 and backend.id_to_token(token_id) is not None:
+        if _known(backend, token_id):
             return token_id
     return next((i for i in map(backend.token_to_id, _USUAL_NAMES[role]) if i is not None), None)
+
+
+def _known(backend: tokenizers.Tokenizer, token_id: object) -> TypeGuard[int]:
+    return isinstance(token_id, int) and 0 <= token_id < 2**32 and backend.id_to_token(token_id) is not None

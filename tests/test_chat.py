@@ -190,7 +190,13 @@ def test_a_template_that_forgets_is_refused() -> None:
     [
         (None, "has no chat template; put one into chat_template.jinja"),
         ([{"name": "tool_use", "template": "x"}], "has no chat template"),
+        ([{"name": ["default"], "template": "x"}, "x"], "has no chat template"),
         ("{% for %}", "chat template: line 1: "),
+        (
+            "{% for i in 'a' %}" * 25 + "{% endfor %}" * 25,
+            "chat template: SyntaxError: too many statically nested blocks",
+        ),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "chat template: "),
         ("{{ messages[7].content.x }}", "chat template fails: .*has no element 7|is undefined"),
         ("{{ raise_exception('no\nroles') }}", "chat template fails: no roles$"),
         ("{{ messages.append(1) }}", "chat template fails: "),
@@ -445,7 +451,7 @@ def test_engines_learn_where_a_turn_ends(tmp_path: Path) -> None:
         ended = generate(loaded, tokenizer, "hello", logit_bias={token: 1e4}, max_tokens=3)
         assert (ended.ids, ended.finish_reason) == ([token], "stop")
     plain = tiny_model(n_future=2, vocab=260)
-    for template in (None, "{{ raise_exception('no') }}"):
+    for template in (None, "{{ raise_exception('no') }}", "{% for i in 'a' %}" * 25 + "{% endfor %}" * 25):
         save_checkpoint(tmp_path / "plain", plain, dataclasses.replace(byte_tokenizer(), chat_template=template))
         written = json.loads((tmp_path / "plain/generation_config.json").read_text())
         assert written == {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}

@@ -676,11 +676,17 @@ def test_drafts_from_elsewhere_and_grammars(run: Run, model: Path) -> None:
 
 def test_drafts_of_a_model_with_other_tokens(run: Run, model: Path, tmp_path: Path) -> None:
     loaded, tokenizer = load_checkpoint(model)
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str().replace("<|unused|>", "<|other|>"))
-    other = dataclasses.replace(tokenizer, backend=backend)
-    save_checkpoint(tmp_path / "other", loaded, other)
-    done = run("generate", model, "def add", "--draft-model", tmp_path / "other")
+    stored = tokenizer.backend.to_str()
+    swapped = json.loads(stored)
+    words = swapped["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    named = stored.replace("<|unused|>", "<|other|>")
+    for name, text in (("swapped", json.dumps(swapped)), ("named", named)):
+        other = dataclasses.replace(tokenizer, backend=tokenizers.Tokenizer.from_str(text))
+        save_checkpoint(tmp_path / name, loaded, other)
+    done = run("generate", model, "def add", "--draft-model", tmp_path / "swapped")
     wrong(done, "its tokens are not those of the model")
+    assert run("generate", model, "def add", "--max-tokens", 4, "--draft-model", tmp_path / "named").out
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

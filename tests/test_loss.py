@@ -224,11 +224,11 @@ def test_every_parameter_of_every_head_learns() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Tensors of logits' shape (.., V): the most elements one had, and the most that were alive together."""
+    """Memory larger than the unembedding's, which is that of logits: the largest piece, and the most held together."""
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
-        self.vocab, self.transposed = vocab, (width, vocab)
+        self.others = vocab * width
         self.largest = self.peak = self.products = 0
         self.alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -236,13 +236,17 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         mm, bmm, addmm = torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm
         self.products += func in (mm.default, mm.out, bmm.default, addmm.default)
-        logits = isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (self.vocab,)
-        if logits and out.shape != self.transposed:
-            self.largest = max(self.largest, out.numel())
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and held(out) > self.others:
+            self.largest = max(self.largest, held(out))
             self.alive = [*(ref for ref in self.alive if ref() is not None), weakref.ref(out)]
-            storages = {t.untyped_storage().data_ptr(): t.numel() for ref in self.alive if (t := ref()) is not None}
+            storages = {t.untyped_storage().data_ptr(): held(t) for ref in self.alive if (t := ref()) is not None}
             self.peak = max(self.peak, sum(storages.values()))
         return out
+
+
+def held(tensor: torch.Tensor) -> int:
+    """Numbers that the memory behind a tensor holds, of which it may be a part."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def logits_held(n: int, positions: int, naive: bool = False) -> Recorder:
@@ -262,9 +266,11 @@ def logits_held(n: int, positions: int, naive: bool = False) -> Recorder:
     return recorder
 
 
-def test_logits_are_held_for_one_chunk_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", [128, 1 << 12])  # slices of the vocabulary, and one of all
+def test_logits_are_held_for_one_chunk_only(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = 512 * 16
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(loss, "SLICE", part)
     records = {(n, positions): logits_held(n, positions) for n in (1, 4) for positions in (16, 40)}
     assert {record.largest for record in records.values()} == {chunk}
     (peak,) = {record.peak for record in records.values()}  # the same for every n and every number of positions

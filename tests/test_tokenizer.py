@@ -142,10 +142,10 @@ def test_special_tokens_are_found_beside_the_file(
 
 
 def test_further_tokens_that_end_a_text(tmp_path: Path) -> None:
-    """Published chat models list several; one that is no special token of this vocabulary is not taken."""
+    """Published chat models list several; one that is no token of this vocabulary is not taken."""
     SENTENCEPIECE.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    for listed, further in (([1, 2, 0, 7, 999_999], (1, 0)), ([2], ()), (2, ()), (None, ())):
+    for listed, further in (([1, 2, 7, 999_999, "x", -1], (1, 7)), ([2], ()), (2, ()), (None, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
         tokenizer = tk.load(tmp_path)
         assert (tokenizer.eos_id, tokenizer.further_ends) == (2, further)

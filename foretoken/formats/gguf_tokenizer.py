@@ -57,7 +57,7 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[st
     }
     keys |= form(stored, tokens, kinds, where)
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(DataError):  # llama.cpp could not read it either
+        with contextlib.suppress(DataError):  # left out where it cannot be read here
             keys["tokenizer.chat_template"] = chat_template(tokenizer).source
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     ids["eot"] = next((i for i in end_ids(tokenizer) if i != tokenizer.eos_id), None)  # the one more that it knows
