@@ -139,7 +139,7 @@ class Drafter:
     ) -> Turn:
         """Run the model on `tokens` (B, T), each row's last one and its drafts; accept, and draft on."""
         stepper = self.stepper
-        steps = stepper.graphs or (None if keys.sampling.filters else stepper.native)
+        steps = stepper.graphs or stepper.native
         inside = self.drafts if self.heads_draft else 0
         shape = chain(len(tokens[0]) - 1) if tree is None else tree
         drafted = [row[1:] for row in tokens]

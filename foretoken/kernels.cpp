@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <vector>
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -391,11 +392,12 @@ struct Items {
 // A step for each of `rows` rows: `tokens` tokens each, the last committed one and its drafts as a tree, and then new
 // drafts for `drafts` places, `ranks` candidates each, all of them among the first `draft_vocabulary` tokens. Token i
 // hangs on token parent[i] < i, parent[0] is not read.
-// How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token);
-// position[row] is the absolute one of the token behind the row's first.
+// How rows of logits become tokens: the argmax of logits + temperature x Gumbel noise keyed by (seed, position, token)
+// among those that the filters keep (top_k 0, top_p 1, min_p 0: all); position[row] is the absolute one of the token
+// behind the row's first.
 struct Turn {
-    int64_t rows, tokens, drafts, ranks, rejection, draft_vocabulary;
-    double temperature;
+    int64_t rows, tokens, drafts, ranks, rejection, draft_vocabulary, top_k;
+    double temperature, top_p, min_p;
     const int64_t *token, *length, *draft_length, *seed, *position, *parent;  // (rows, tokens); lengths of the caches
     int64_t *picked, *path, *accepted, *draft;  // (rows, tokens) along the accepted path, (rows), (rows, drafts, ranks)
     float* logprob;                             // (rows, tokens) along the accepted path
@@ -694,6 +696,39 @@ int64_t pick(const float* logits, int64_t V, double temperature, uint64_t seed, 
     return winner;
 }
 
+bool filters(const Turn& t) { return t.temperature > 0 && (t.top_k || t.top_p < 1 || t.min_p > 0); }
+
+// Makes -inf of the logits (V) that a filter drops, as `filtered` in sampling.py does.
+void filter(float* logits, int64_t V, const Turn& t) {
+    const float most = *std::max_element(logits, logits + V);
+    std::vector<float> share(V);
+    double total = 0, before = 0;
+    for (int64_t v = 0; v < V; ++v) total += share[v] = std::exp(float((logits[v] - most) / t.temperature));
+    if (!std::isfinite(total)) return;  // logits that are no numbers cannot be put in order
+    if (t.top_k && t.top_k < V) {
+        std::vector<float> ordered(logits, logits + V);
+        std::nth_element(ordered.begin(), ordered.begin() + (t.top_k - 1), ordered.end(), std::greater<float>());
+        for (int64_t v = 0; v < V; ++v)
+            if (logits[v] < ordered[t.top_k - 1]) total -= share[v], share[v] = 0, logits[v] = -INFINITY;
+    }
+    if (t.top_p < 1) {
+        std::vector<int64_t> order;  // without the tail of those so unlikely that together they are below 1 - top_p
+        for (int64_t v = 0; v < V; ++v) {
+            if (share[v] * V >= (1 - t.top_p) * total) order.push_back(v);
+            else logits[v] = -INFINITY;
+        }
+        std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+            return share[a] > share[b] || (share[a] == share[b] && a < b);
+        });
+        for (int64_t v : order) {
+            if (before >= t.top_p * total) logits[v] = -INFINITY;
+            before += share[v];
+        }
+    }
+    for (int64_t v = 0; v < V; ++v)
+        if (share[v] < t.min_p) logits[v] = -INFINITY;
+}
+
 constexpr uint64_t DRAFT = 0xD1B54A32D192ED03u;  // as in sampling.py
 
 // softmax(logits / temperature), token by token.
@@ -766,13 +801,14 @@ class Turner {
     Runner<W> run;
     Further verified, kept, next;
     std::vector<int64_t> depth;     // of the tree's nodes
-    Buffer<float> z, hidden, states, scores;
+    Buffer<float> z, hidden, states, scores, kept_scores;
     int64_t before = 0;  // kept items from which no drafts start: they come first, then those from which they do, one a row
 
   public:
     Turner(const Model& model, const Turn& turn)
         : m(model), t(turn), B(t.rows), T(t.tokens), K(t.drafts), D(m.width), V(m.vocabulary), M(t.draft_vocabulary),
-          run(m, B * (T + K)), z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V) {
+          run(m, B * (T + K)), z(B * T * D), hidden(B * (T + K) * D), states(B * (T + K) * D), scores(B * (T + K) * V),
+          kept_scores(filters(t) ? B * T * V : 0) {
         std::vector<uint64_t> ancestors;
         for (int64_t i = 0; i < T; ++i) {
             depth.push_back(i ? depth[t.parent[i]] + 1 : 0);
@@ -793,14 +829,21 @@ class Turner {
         barrier();
         run.block(layers[trunk], items, hidden.data(), false);
         run.logits(hidden.data(), B * T, V, scores.data());
+        const float* laws = scores.data();
+        if (filters(t)) {
+            for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads())
+                filter(std::copy_n(laws + i * V, V, kept_scores.data() + i * V) - V, V, t);
+            laws = kept_scores.data();
+            barrier();
+        }
         for (int64_t b = omp_get_thread_num(); t.rejection && b < B; b += omp_get_num_threads())
-            t.accepted[b] = reject(scores.data() + b * T * V, t.proposed + b * (T - 1) * V, t.token + b * T + 1, T - 1, V,
+            t.accepted[b] = reject(laws + b * T * V, t.proposed + b * (T - 1) * V, t.token + b * T + 1, T - 1, V,
                                    t.temperature, t.seed[b], t.position[b], t.picked + b * T);
         if (t.rejection) barrier();
         for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads()) {
             if (t.rejection && i % T > t.accepted[i / T]) continue;
             if (!t.rejection)
-                t.picked[i] = pick(scores.data() + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + depth[i % T]);
+                t.picked[i] = pick(laws + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + depth[i % T]);
             t.logprob[i] = log_probability(scores.data() + i * V, V, t.picked[i]);
         }
         barrier();
@@ -890,6 +933,7 @@ class Turner {
     // The best candidates for place d, one after the other; the logits of those found are spent.
     void propose(float* logits, int64_t b, int64_t d) {
         const uint64_t seed = uint64_t(t.seed[b]) ^ (t.rejection ? DRAFT : 0);
+        if (filters(t)) filter(logits, M, t);
         if (t.rejection) {
             float* law = t.proposal + (b * K + d) * V;
             std::fill(std::copy_n(logits, M, law), law + V, -INFINITY);

@@ -56,8 +56,8 @@ _Layer = _structure(
 _Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
 _Turn = _structure(
     "_Turn",
-    sizes=("rows tokens drafts ranks rejection draft_vocabulary", _INT),
-    temperature=("temperature", _REAL),
+    sizes=("rows tokens drafts ranks rejection draft_vocabulary top_k", _INT),
+    law=("temperature top_p min_p", _REAL),
     arrays=("token length draft_length seed position parent picked path accepted draft logprob proposed proposal", _AT),
 )
 
@@ -212,7 +212,7 @@ class Native:
         ranks: int = 1,
         draft_vocab: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
-        """A whole step without filters, for tokens (B, T) that hang together as `tree` says, by default as a chain.
+        """A whole step for tokens (B, T) that hang together as `tree` says, by default as a chain.
 
         Returns the target's tokens (B, T) behind the accepted nodes and their log-probabilities (what stands behind
         these means nothing), the accepted nodes of each row, and the next candidates (B, K x ranks), place by place.
@@ -232,8 +232,10 @@ class Native:
         proposal = torch.empty(B, K, self.vocabulary) if rejection else None
         if proposed is not None:
             proposed = proposed.float().contiguous()
+        how = keys.sampling
         turn = _Turn(
-            B, T, K, ranks, int(rejection), draft_vocab or self.vocabulary, keys.sampling.temperature,
+            B, T, K, ranks, int(rejection), draft_vocab or self.vocabulary, how.top_k,
+            how.temperature, how.top_p, how.min_p,
             at, *(at + 8 * B * (T + column) for column in range(5)),
             to, to + 8 * B * T, to + 16 * B * T, to + 8 * B * (2 * T + 1), ctypes.addressof(logprobs),
             *(None if tensor is None else tensor.data_ptr() for tensor in (proposed, proposal)),

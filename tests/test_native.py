@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from torch import Tensor
 from foretoken import model as stepping
 from foretoken.cache import KVCache
 from foretoken.decode import Batch, decode
+from foretoken.errors import CheckpointError
 from foretoken.model import Model, Stepper
 from foretoken.native import MOST_TOKENS, Native, library
 from foretoken.request import Request
@@ -197,10 +199,14 @@ def steps_agree(found: Sequence[Request], wanted: Sequence[Request]) -> None:
 
 
 DECODED = [
-    GREEDY, SOFT, Sampling(0.7, top_p=0.9), REJECTION, Sampling(0.8, top_k=5, accept="rejection"),
+    GREEDY, SOFT, Sampling(0.7, top_p=0.9), Sampling(1.5, min_p=0.1), Sampling(0.9, top_k=8, top_p=0.9, min_p=0.02),
+    REJECTION, Sampling(0.8, top_k=5, accept="rejection"), Sampling(1.2, top_p=0.6, accept="rejection"),
     Sampling(0.0, accept="rejection"),
 ]  # fmt: skip
-DECODED_NAMES = ["greedy", "soft", "top-p", "rejection", "rejection-top-k", "rejection-greedy"]
+DECODED_NAMES = [
+    "greedy", "soft", "top-p", "min-p", "filters",
+    "rejection", "rejection-top-k", "rejection-top-p", "rejection-greedy",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("sampling", DECODED, ids=DECODED_NAMES)
@@ -219,6 +225,33 @@ def test_decoding_equals_pytorch(kind: str, sampling: Sampling) -> None:
                     greedy_is_argmax(model, request, 1e-4)
                 if sampling.accept == "keyed":
                     drafts_are_the_heads(model, request, sampling)
+
+
+FLAT = [Sampling(3.0, top_p=0.97), Sampling(3.0, top_k=2000), Sampling(2.0, top_k=900, top_p=0.5, min_p=0.001)]
+
+
+@pytest.mark.parametrize("sampling", FLAT, ids=["top-p", "top-k", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_filters_of_a_large_vocabulary_equal_pytorch(kind: str, sampling: Sampling) -> None:
+    """Which keep most of it: many tokens are as likely as the last one kept, but for rounding."""
+    model = small(kind, vocab=3000, peaked=False)
+    kept = {token for request in run(model, PROMPTS, 3, sampling, 40) for token in request.ids}
+    assert len(kept) > 100
+    steps_agree(*(run(each, PROMPTS, 3, sampling, 40) for each in (model, twin(model))))
+    rejection = replace(sampling, accept="rejection")
+    steps_agree(*(run(each, PROMPTS, 3, rejection, 40) for each in (model, twin(model))))
+
+
+def test_filters_pass_over_logits_that_are_no_numbers() -> None:
+    """Where sorting them could leave its memory; the token's log-probability is an error later."""
+    for sampling in FLAT:
+        model = small("parallel", vocab=3000)
+        steps = decode(model, [Request([3, 1, 4], 9)], sampling, 0)
+        next(steps)  # the prompt, which PyTorch reads
+        with torch.no_grad():
+            model.lm_head.weight[::3] = math.nan
+        with pytest.raises(CheckpointError, match="no numbers"):
+            next(steps)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SOFT, REJECTION], ids=["greedy", "soft", "rejection"])
