@@ -44,6 +44,11 @@ def domains(settings: Settings) -> dict[str, str]:
     return {Path(source).name.partition(".")[0].replace("-", "_"): source for source in settings["data"]}
 
 
+def of_domain(settings: Settings, source: str) -> Settings:
+    """The settings with one source; the standard library's files have no field that says their split."""
+    return {**settings, "data": [source], "split_field": None if source == "stdlib" else settings.get("split_field")}
+
+
 def arms(settings: Settings) -> list[str]:
     """Every domain, tokens and kind."""
     return [
@@ -57,12 +62,11 @@ def arms(settings: Settings) -> list[str]:
 def recipe_for(arm: str, settings: Settings, out: Path, seed: int, steps: int, device: str) -> Any:
     """The recipe of an arm."""
     domain, tokens, kind = arm.split("-")
-    of_domain = {**settings, "data": [domains(settings)[domain]]}
     blocks = settings["total_blocks"] + (3 if kind == "added" else 0)
     changes = [*KINDS[kind], f"model.total_blocks={blocks}"]
     if tokens == "bpe":
         changes += ["tokenizer.kind=file", f"tokenizer.path={json.dumps(str(out / f'bpe-{domain}'))}"]
-    return recipe_of(of_domain, changes, seed, steps, device)
+    return recipe_of(of_domain(settings, domains(settings)[domain]), changes, seed, steps, device)
 
 
 def prepare(settings: Settings, out: Path, device: str) -> None:
@@ -70,7 +74,7 @@ def prepare(settings: Settings, out: Path, device: str) -> None:
     for domain, source in domains(settings).items():
         folder = out / f"bpe-{domain}"
         if "bpe" in settings["tokens"] and not (folder / "tokenizer.json").exists():
-            data = DataConfig(source=(source,), split_field=settings.get("split_field"))
+            data = DataConfig(source=(source,), split_field=of_domain(settings, source)["split_field"])
             texts = (document.text for document, part in split_documents(data) if part == "train")
             train_bpe(texts, settings["vocab_size"]).save(folder)
     if not (out / STEPS).exists():
@@ -173,7 +177,7 @@ EXPERIMENT = Experiment(
             recipe=SMALL, total_blocks=5,
         ),
         "cpu": _size(
-            3, ("bytes", "bpe"), minutes=2.0, vocab_size=2048, scored_bytes=100_000, prompts=8, max_tokens=200,
+            3, ("bytes", "bpe"), minutes=1.0, vocab_size=2048, scored_bytes=100_000, prompts=8, max_tokens=200,
             recipe=[], total_blocks=10,
         ),
         "gpu": _size(
