@@ -12,12 +12,10 @@ from typing import Any
 
 from foretoken.bench import Way
 from foretoken.config import DataConfig
-from foretoken.data import split_documents
 from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume
-from foretoken.tokenizer import train_bpe
+from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume, with_bpe
 
 KINDS: dict[str, tuple[str, ...]] = {
     "one": ("model.n_future=1",),
@@ -72,11 +70,9 @@ def recipe_for(arm: str, settings: Settings, out: Path, seed: int, steps: int, d
 def prepare(settings: Settings, out: Path, device: str) -> None:
     """A tokenizer for each domain, and how many steps of each arm fit into the minutes."""
     for domain, source in domains(settings).items():
-        folder = out / f"bpe-{domain}"
-        if "bpe" in settings["tokens"] and not (folder / "tokenizer.json").exists():
+        if "bpe" in settings["tokens"]:
             data = DataConfig(source=(source,), split_field=of_domain(settings, source)["split_field"])
-            texts = (document.text for document, part in split_documents(data) if part == "train")
-            train_bpe(texts, settings["vocab_size"]).save(folder)
+            with_bpe(out / f"bpe-{domain}", data, settings["vocab_size"])
     if not (out / STEPS).exists():
         recipes = {arm: recipe_for(arm, settings, out, 0, 10, device) for arm in settings["arms"]}
         write_json(out / STEPS, steps_in(settings["minutes"], recipes, out / "seconds.json"))

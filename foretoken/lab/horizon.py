@@ -1,4 +1,4 @@
-"""How many heads: n = 1, 2, 4, 8 and 16 at equal total blocks, after the same minutes and after the same steps.
+"""How many heads: n = 1, 2, 4, 8 and, of bytes, 16 at equal total blocks, after the same minutes and the same steps.
 
 Further heads take their blocks from the trunk, as in the paper. Bits per byte of head 1 is the price, tokens per step
 the gain, and the cost of a step what is paid for it in time.
@@ -6,41 +6,59 @@ the gain, and the cost of a step what is paid for it in time.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from foretoken.bench import Way
+from foretoken.config import DataConfig, Recipe
 from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume
+from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume, with_bpe
 
-STEPS, SAME = "steps.json", "-same-steps"
+STEPS, SAME, BPE = "steps.json", "-same-steps", "bpe-"
 
 
 def n_of(arm: str) -> int:
-    """n of an arm's name, such as n4 or n4-same-steps."""
-    return int(arm.partition("-")[0].removeprefix("n"))
+    """n of an arm's name, such as n4, n4-same-steps or bpe-n4."""
+    return int(arm.removeprefix(BPE).partition("-")[0].removeprefix("n"))
+
+
+def base_of(arm: str) -> str:
+    """The arm with one head and the same tokens."""
+    return f"{BPE if arm.startswith(BPE) else ''}n1"
+
+
+def recipe_for(arm: str, settings: Settings, out: Path, seed: int, steps: int, device: str) -> Recipe:
+    """The recipe of an arm."""
+    changes = [f"model.n_future={n_of(arm)}"]
+    if arm.startswith(BPE):
+        changes += ["tokenizer.kind=file", f"tokenizer.path={json.dumps(str(out / 'bpe'))}"]
+    return recipe_of(settings, changes, seed, steps, device)
 
 
 def prepare(settings: Settings, out: Path, device: str) -> None:
-    """How many steps fit into the minutes, by n."""
+    """A tokenizer, and how many steps of each arm fit into the minutes."""
     if (out / STEPS).exists():
         return
     alone = [arm for arm in settings["arms"] if not arm.endswith(SAME)]
-    recipes = {arm: recipe_of(settings, (f"model.n_future={n_of(arm)}",), 0, 10, device) for arm in alone}
+    if any(arm.startswith(BPE) for arm in alone):
+        data = DataConfig(source=tuple(settings["data"]), split_field=settings.get("split_field"))
+        with_bpe(out / "bpe", data, settings["vocab_size"])
+    recipes = {arm: recipe_for(arm, settings, out, 0, 10, device) for arm in alone}
     steps = steps_in(settings["minutes"], recipes, out / "seconds.json")
-    steps |= {arm: steps["n1"] for arm in settings["arms"] if arm.endswith(SAME)}
+    steps |= {arm: steps[base_of(arm)] for arm in settings["arms"] if arm.endswith(SAME)}
     write_json(out / STEPS, steps)
 
 
 def run(run: Run) -> Figures:
     """Train, and score held-out text."""
-    s, n = run.settings, n_of(run.arm)
-    steps = read_json(run.folder.parent / STEPS)[run.arm]
-    recipe = recipe_of(s, (f"model.n_future={n}",), run.seed, steps, run.device)
+    s, n, out = run.settings, n_of(run.arm), run.folder.parent
+    steps = read_json(out / STEPS)[run.arm]
+    recipe = recipe_for(run.arm, s, out, run.seed, steps, run.device)
     train_or_resume(recipe, run.folder / "model", run.report)
-    seconds = read_json(run.folder.parent / "seconds.json")[f"n{n}"]
+    seconds = read_json(out / "seconds.json")[run.arm.removesuffix(SAME)]
     return {"n": n, "steps": steps, "seconds_per_step": seconds, **scored(run.folder / "model", s["scored_bytes"])}
 
 
@@ -55,9 +73,9 @@ def measure(run: Run) -> Figures:
 def summarise(found: Figures) -> Figures:
     """What each n costs head 1 and gains in decoding."""
     arms: dict[str, Any] = {}
-    base = [r["bits_per_byte"] for r in found["runs"]["n1"]]
     for arm, runs in found["runs"].items():
         bits, n = [r["bits_per_byte"] for r in runs], n_of(arm)
+        base = [r["bits_per_byte"] for r in found["runs"][base_of(arm)]]
         values: dict[str, Any] = {
             "bits_per_byte": mean(bits), "cost": difference(bits, base),
             "along_text": mean([r["along_text"] for r in runs]),
@@ -73,19 +91,26 @@ def summarise(found: Figures) -> Figures:
                     "outputs_equal": all(w["outputs_equal"] for w in (*way, *as_pays)),
                 }
         arms[arm] = values
+    said = [_verdict({arm: v for arm, v in arms.items() if base_of(arm) == base}, base) for base in ("n1", f"{BPE}n1")]
+    return {"arms": arms, "verdict": " ".join(said).strip()}
+
+
+def _verdict(arms: dict[str, Any], base: str) -> str:
+    """What the arms of one kind of tokens come to, or nothing where there are none."""
     timed = {arm: v for arm, v in arms.items() if "sampled" in v}
+    if not timed:
+        return ""
     fastest = max(timed, key=lambda arm: timed[arm]["sampled"]["speedup"].value)
     paced = max(timed, key=lambda arm: timed[arm]["sampled"]["paced_speedup"].value)
-    costs = [f"{arm} {v['cost'].shown()}" for arm, v in arms.items() if arm != "n1"]
+    costs = [f"{arm} {v['cost'].shown()}" for arm, v in arms.items() if arm != base]
     worse = [arm for arm, v in arms.items() if v["cost"].low > 0]
     best = timed[paced]["sampled"]["paced_speedup"]
-    return {
-        "arms": arms,
-        "verdict": f"Head 1 is worse than that of n1, in bits per byte, for {', '.join(worse) or 'none'} "
+    return (
+        f"Head 1 is worse than that of {base}, in bits per byte, for {', '.join(worse) or 'none'} "
         f"({'; '.join(costs)}). At T = 0.8 decoding is fastest with {fastest} where all heads draft "
         f"({timed[fastest]['sampled']['speedup'].shown()} times plain decoding), and with {paced} where as many drafts "
-        f"are made as pay ({best.shown()}).",
-    }
+        f"are made as pay ({best.shown()})."
+    )
 
 
 def tables(found: Figures) -> list[Table]:
@@ -93,7 +118,7 @@ def tables(found: Figures) -> list[Table]:
     learnt, decodes = [], []
     for arm, runs in found["runs"].items():
         v, n = found["summary"]["arms"][arm], n_of(arm)
-        cost = "" if arm == "n1" else v["cost"].shown()
+        cost = "" if arm == base_of(arm) else v["cost"].shown()
         along = v["along_text"].shown() if n > 1 else ""
         learnt.append((arm, str(v["steps"]), f"{v['ms_per_step']:.0f}", v["bits_per_byte"].shown(), cost, along))
         for name in ("greedy", "sampled") if "sampled" in v else ():
@@ -105,7 +130,7 @@ def tables(found: Figures) -> list[Table]:
                 equal = "yes" if all(f["outputs_equal"] for f in figures) else "NO"
                 decodes.append((arm, name, way, *shown, f"{grams:.2f}", equal))
     return [
-        Table(("arm", "steps", "ms a step", "bits per byte of head 1", "more than n1", "tokens per step along text"),
+        Table(("arm", "steps", "ms a step", "bits per byte of head 1", "more than n = 1", "tokens per step along text"),
               learnt),
         Table(("arm", "text", "drafts", "tokens per step", "step cost", "speedup", "distinct 8-grams", "outputs equal"),
               decodes),
@@ -117,7 +142,7 @@ def draw(found: Figures, axes: Any) -> None:
     for arm, runs in found["runs"].items():
         if "decoded" in runs[0]:
             x = [r["decoded"]["sampled"][Way(n_of(arm) - 1).name]["tokens_per_step"] for r in runs]
-        elif arm == "n1":
+        elif arm == base_of(arm):
             x = [1.0] * len(runs)
         else:
             continue
@@ -126,8 +151,15 @@ def draw(found: Figures, axes: Any) -> None:
     axes.legend()
 
 
-def _size(ns: tuple[int, ...], seeds: int, **more: Any) -> Settings:
-    arms = [*(f"n{n}" for n in ns), *(f"n{n}{SAME}" for n in ns if n > 1)]
+def _size(ns: tuple[int, ...], bpe: tuple[int, ...], seeds: int, **more: Any) -> Settings:
+    """`ns` of bytes, and `bpe` of BPE tokens."""
+    arms = [
+        f"{tokens}n{n}{suffix}"
+        for tokens, numbers in (("", ns), (BPE, bpe))
+        for suffix in ("", SAME)
+        for n in numbers
+        if n > 1 or not suffix
+    ]
     return {"arms": arms, "seeds": seeds, "data": ["stdlib"], "decode_dtype": "float32", **more}
 
 
@@ -136,16 +168,16 @@ EXPERIMENT = Experiment(
     rule="an n is worse where its difference to n1 in bits per byte of head 1, seed by seed, has an interval above 0.",
     sizes={
         "smoke": _size(
-            (1, 2), 1, minutes=0.001, scored_bytes=600, prompts=2, max_tokens=8,
+            (1, 2), (1, 2), 1, minutes=0.001, vocab_size=400, scored_bytes=600, prompts=2, max_tokens=8,
             recipe=[*SMALL, "model.total_blocks=3"],
         ),
         "cpu": _size(
-            (1, 2, 4, 8, 16), 3, minutes=3.0, scored_bytes=100_000, prompts=12, max_tokens=200,
-            recipe=["model.hidden_size=96", "model.num_attention_heads=3", "model.total_blocks=18"],
+            (1, 2, 4, 8, 16), (1, 2, 4, 8), 3, minutes=3.0, vocab_size=2048, scored_bytes=100_000, prompts=12,
+            max_tokens=200, recipe=["model.hidden_size=96", "model.num_attention_heads=3", "model.total_blocks=18"],
         ),
         "gpu": _size(
-            (1, 2, 4, 8, 16), 1, minutes=1.2, scored_bytes=400_000, prompts=12, max_tokens=200, decode_dtype="bfloat16",
-            recipe=[*LARGE, "model.total_blocks=24"],
+            (1, 2, 4, 8, 16), (1, 2, 4, 8), 1, minutes=0.7, vocab_size=8192, scored_bytes=400_000, prompts=12,
+            max_tokens=200, decode_dtype="bfloat16", recipe=[*LARGE, "model.total_blocks=24"],
         ),
     },
     run=run,
@@ -154,10 +186,11 @@ EXPERIMENT = Experiment(
     draw=draw,
     intervals="Student's t intervals at 95 % over the seeds; differences are paired by seed.",
     notes="""\
-Bytes, the shipped recipe `demo` with parallel heads at a fixed number of blocks: n - 1 of them are further heads. Arms
-without a suffix take the steps that fit into the same minutes by steps timed alone; those with `-same-steps` take n1's
-number. Tokens per step and step cost are those of held-out prompts, one at a time, each continued plainly and with
-drafts in turn. Along text: a draft counts where it is head 1's own choice given the true text.""",
+The shipped recipe `demo` with parallel heads at a fixed number of blocks: n - 1 of them are further heads. Tokens are
+bytes or, in the arms that begin with `bpe`, those of a tokenizer trained on the training part. Arms without a suffix
+take the steps that fit into the same minutes by steps timed alone; those with `-same-steps` take the number of n = 1.
+Tokens per step and step cost are those of held-out prompts, one at a time, each continued plainly and with drafts in
+turn. Along text: a draft counts where it is head 1's own choice given the true text.""",
     prepare=prepare,
     measure=measure,
 )  # fmt: skip

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from foretoken.config import DataConfig, ModelConfig, OptimConfig
-from foretoken.data import prepare, split_documents
+from foretoken.data import prepare
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.fit import Sample, fit
 from foretoken.lab.intervals import Table, difference, mean
 from foretoken.lab.story import HELD_OUT, story, two_names
+from foretoken.lab.text import with_bpe
 from foretoken.model import Model
-from foretoken.tokenizer import Tokenizer, train_bpe
+from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 from foretoken.windows import Windows
 
@@ -47,10 +48,7 @@ def prepare_stories(settings: Settings, out: Path, device: str) -> None:
                 split = "validation" if number % 50 == 0 else "train"
                 file.write(json.dumps({"text": text, "split": split}) + "\n")
         partial.rename(path)
-    if not (out / "tokenizer" / "tokenizer.json").exists():
-        documents = split_documents(data_of(settings, out))
-        texts = (document.text for document, part in documents if part == "train")
-        train_bpe(texts, settings["vocab_size"]).save(out / "tokenizer")
+    with_bpe(out / "tokenizer", data_of(settings, out), settings["vocab_size"])
 
 
 def data_of(settings: Settings, out: Path) -> DataConfig:

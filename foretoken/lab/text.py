@@ -15,8 +15,8 @@ from torch import Tensor
 
 from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
-from foretoken.config import Recipe
-from foretoken.data import prepare
+from foretoken.config import DataConfig, Recipe
+from foretoken.data import prepare, split_documents
 from foretoken.display import Display
 from foretoken.errors import DataError
 from foretoken.evaluate import evaluate, evaluation_documents
@@ -27,7 +27,7 @@ from foretoken.loss import mtp_loss, targets, valid_counts
 from foretoken.model import Model, Stepper
 from foretoken.recipe import load_recipe
 from foretoken.sources import Document
-from foretoken.tokenizer import Tokenizer
+from foretoken.tokenizer import Tokenizer, train_bpe
 from foretoken.train import train
 from foretoken.windows import Batch, Windows
 
@@ -50,6 +50,14 @@ def recipe_of(settings: Settings, overrides: Sequence[str], seed: int, steps: in
         given.append(f"data.split_field={settings['split_field']}")
     given += [f"train.seed={seed}", f"train.steps={steps}", f"train.device={device}", "train.eval_every=0"]
     return load_recipe("demo", tuple(given))
+
+
+def with_bpe(folder: Path, data: DataConfig, vocab_size: int) -> Path:
+    """The folder of a BPE of the training part of `data`, trained once."""
+    if not (folder / "tokenizer.json").exists():
+        texts = (document.text for document, part in split_documents(data) if part == "train")
+        train_bpe(texts, vocab_size).save(folder)
+    return folder
 
 
 def train_or_resume(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None:
