@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ HeadKind = Literal["parallel", "linear", "causal", "anticausal", "joint", "seque
 Unembedding = Literal["shared", "per_head"]
 Shared = Literal["trunk", "embedding", "unembedding"]
 Matrix = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Width = Annotated[int, Field(ge=1, lt=2**31)]
+Blocks = Annotated[int, Field(ge=1, le=4096)]
 MATRICES: tuple[Matrix, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -43,19 +45,19 @@ class ModelConfig(Section):
     """Every number of a model: the next-token path in Hugging Face's names, and the heads beside it."""
 
     architecture: Architecture = "llama"
-    vocab_size: int = Field(ge=2)
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1, description="blocks of the next-token path: trunk + head 1")
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=2, multiple_of=2)
-    max_position_embeddings: int = Field(ge=1)
+    vocab_size: int = Field(ge=2, lt=2**31)
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Blocks = Field(description="blocks of the next-token path: trunk + head 1")
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    head_dim: int = Field(ge=2, lt=2**31, multiple_of=2)
+    max_position_embeddings: Width
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     tie_word_embeddings: bool = False
-    n_future: int = Field(default=1, ge=1)
+    n_future: Blocks = 1
     head_kind: HeadKind = "parallel"
     shared_block: bool = Field(default=False, description="of deepseek heads: all depths run one block")
     unembedding: Unembedding = "shared"
@@ -147,23 +149,23 @@ class ModelRecipe(Section):
 
     start_from: str | None = None
     frozen: bool = False
-    lora_rank: int | None = Field(default=None, ge=1)
-    lora_alpha: int | None = Field(default=None, ge=1, description="by default twice the rank")
+    lora_rank: Width | None = None
+    lora_alpha: Width | None = Field(default=None, description="by default twice the rank")
     lora_target_modules: tuple[Matrix, ...] = Field(default=MATRICES, min_length=1)
     architecture: Architecture = "llama"
-    hidden_size: int | None = Field(default=None, ge=1)
-    num_attention_heads: int | None = Field(default=None, ge=1)
-    num_key_value_heads: int | None = Field(default=None, ge=1)
+    hidden_size: Width | None = None
+    num_attention_heads: Width | None = None
+    num_key_value_heads: Width | None = None
     head_dim: int | None = None
-    intermediate_size: int | None = Field(default=None, ge=1)
-    num_hidden_layers: int | None = Field(default=None, ge=1)
-    total_blocks: int | None = Field(default=None, ge=1, description="blocks of the next-token path and of the heads")
-    max_position_embeddings: int | None = Field(default=None, ge=1)
+    intermediate_size: Width | None = None
+    num_hidden_layers: Blocks | None = None
+    total_blocks: Blocks | None = Field(default=None, description="blocks of the next-token path and of the heads")
+    max_position_embeddings: Width | None = None
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     tie_word_embeddings: bool = False
-    n_future: int = Field(default=4, ge=1)
+    n_future: Blocks = 4
     head_kind: HeadKind = "parallel"
     shared_block: bool = False
     unembedding: Unembedding = "shared"

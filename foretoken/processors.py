@@ -81,7 +81,7 @@ class Processors:
 
     def apply(self, logits: Tensor, ids: Sequence[int], further: Sequence[int]) -> Tensor:
         """The changed logits (V) of the token behind ids + further; `ids` are committed and only ever grow."""
-        p, device, logits = self.processing, logits.device, logits.clone()
+        p, device, given, logits = self.processing, logits.device, logits, logits.clone()
         if p.repetition != 1 or p.presence or p.frequency:
             counts = self._counts(ids, logits.numel()).index_add(
                 0, torch.tensor(list(further), dtype=torch.long), torch.ones(len(further))
@@ -96,6 +96,8 @@ class Processors:
         if len(ids) + len(further) < p.min_tokens:
             logits[self.ends.to(device)] = float("-inf")
         if self.matcher is not None and (allowed := self.matcher.mask(ids, further)) is not None:
+            if logits[: len(allowed)][allowed.to(device)].max() == -math.inf:
+                logits = given.clone()  # what bans all that the grammar allows gives way to it
             logits[: len(allowed)].masked_fill_(~allowed.to(device), float("-inf"))
             logits[len(allowed) :] = float("-inf")
         return logits

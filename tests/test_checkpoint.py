@@ -397,6 +397,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no size": (CONFIG, keys(hidden_size=...), "'hidden_size' is missing"),
     "size that is a word": (CONFIG, keys(hidden_size="big"), "hidden_size = 'big'"),
     "size of zero": (CONFIG, keys(num_attention_heads=0), "num_attention_heads = 0"),
+    "size beyond all": (CONFIG, keys(intermediate_size=10**30), "intermediate_size: Input should be less than"),
+    "vocabulary beyond all": (CONFIG, keys(vocab_size=2**31 - 1), "'lm_head.weight' has shape"),
+    "layers beyond all": (CONFIG, keys(num_hidden_layers=10**30), "num_hidden_layers: Input should be less than"),
+    "heads beyond all": (HEADS_CONFIG, heads(n_future=10**30), "n_future"),
     "heads that do not divide": (CONFIG, keys(num_key_value_heads=3), "must be a multiple of num_key_value_heads = 3"),
     "other architecture": (
         CONFIG,

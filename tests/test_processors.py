@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -307,6 +308,15 @@ def test_grammars(name: str) -> None:
         assert fast.ids == plain.ids
         assert plain.finish_reason == "length" or right(plain.text)
         assert max(plain.ids) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_grammar_goes_before_bans(drafts: int) -> None:
+    options: dict[str, Any] = {"regex": "ab[cd]|abef", "drafts": drafts, "temperature": 1.0}
+    found = {
+        generate(TEXT, BYTES, "x", seed=s, logit_bias={98: -math.inf, 99: -math.inf}, **options).text for s in range(9)
+    }
+    assert found == {"abd", "abef"}
 
 
 def test_an_empty_schema_is_any_json() -> None:
