@@ -209,6 +209,13 @@ def test_llama_cpp_talks_by_the_chat_template(name: str, tmp_path: Path) -> None
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
 
 
+def test_a_template_that_cannot_be_read_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = dataclasses.replace(MAKERS["llama-bpe"](), chat_template="{% if %}")
+    keys = tokenizer_keys(tokenizer, tokenizer.vocab_size, "here")
+    assert "tokenizer.chat_template" not in keys
+    assert "here: left out of the file: " in caplog.text
+
+
 def changed(name: str, **parts: Any) -> Tokenizer:
     made = MAKERS[name]()
     stored = json.loads(made.backend.to_str())

@@ -5,8 +5,8 @@ A tokenizer is written when llama.cpp computes the same ids from text; any other
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from foretoken.chat import chat_template, end_ids
 from foretoken.errors import CheckpointError, DataError
 from foretoken.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, ADDED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's kinds of tokens
 
@@ -57,8 +59,10 @@ def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[st
     }
     keys |= form(stored, tokens, kinds, where)
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(DataError):  # left out where it cannot be read here
+        try:
             keys["tokenizer.chat_template"] = chat_template(tokenizer).source
+        except DataError as error:
+            _log.warning("%s: left out of the file: %s", where, error)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     ids["eot"] = next((i for i in end_ids(tokenizer) if i != tokenizer.eos_id), None)  # the one more that it knows
     return keys | {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
