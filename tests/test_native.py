@@ -250,6 +250,7 @@ def test_filters_pass_over_logits_that_are_no_numbers() -> None:
         next(steps)  # the prompt, which PyTorch reads
         with torch.no_grad():
             model.lm_head.weight[::3] = math.nan
+        model.stepper()  # sees what has changed
         with pytest.raises(CheckpointError, match="no numbers"):
             next(steps)
 
