@@ -87,6 +87,16 @@ inline void store(bf16* p, vec v) {
     std::memcpy(p, &h, sizeof h);
 }
 
+// One number, or LANES of them.
+inline void put(float* p, float y) { *p = y; }
+inline void put(float* p, vec y) { store(p, y); }
+inline void add(float* p, float y) { *p += y; }
+inline void add(float* p, vec y) { store(p, load(p) + y); }
+template <class W>
+inline float plus(float y, const W* p) { return y + widen(*p); }
+template <class W>
+inline vec plus(vec y, const W* p) { return y + load(p); }
+
 // a * b + c, rounded once where the machine can; written out, so that a sum is not rounded as its surroundings suggest.
 inline vec fma(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
@@ -306,10 +316,12 @@ INLINE void multiply_panels(const bf16* w, int64_t n, const bf16* x, int64_t ldx
 #endif
 template <int P, int R, class W, class A>
 void panels(const W* w, int64_t n, const A* x, int64_t ldx, float* out) {
-    vec acc[P][R][2] = {};
+    vec acc[P][R][2];
+    UNROLL for (int p = 0; p < P; ++p)
+        UNROLL for (int r = 0; r < R; ++r) acc[p][r][0] = acc[p][r][1] = vec{};
     multiply_panels<P, R>(w, n, x, ldx, acc);
-    for (int r = 0; r < R; ++r)
-        for (int p = 0; p < P; ++p) store(out + (r * P + p) * LANES, acc[p][r][0] + acc[p][r][1]);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int p = 0; p < P; ++p) store(out + (r * P + p) * LANES, acc[p][r][0] + acc[p][r][1]);
 }
 
 template <int P, class W, class A, int... R>
@@ -318,7 +330,7 @@ void some_panels(const W* w, int64_t n, const A* x, int64_t ldx, int rows, float
     of[rows - 1](w, n, x, ldx, out);
 }
 
-// `product` of packed weights.
+// `product` of packed weights; emit takes LANES outputs at once, too, from o on.
 template <class W, class A, class Emit>
 void packed_product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) {
     constexpr int FEW = ROWS / 3 > 0 ? ROWS / 3 : 1;  // so few rows leave registers for more panels
@@ -335,8 +347,7 @@ void packed_product(const W* w, int64_t n, int64_t begin, int64_t end, const A* 
             else some_panels<1>(at, n, x + r * ldx, ldx, few, out, std::make_integer_sequence<int, ROWS>());
             for (int b = 0; b < few; ++b)
                 if (last - first == count * LANES)
-                    for (int64_t o = p; o < last; o += LANES)
-                        UNROLL for (int j = 0; j < LANES; ++j) emit(o + j, r + b, out[b * count * LANES + o - p + j]);
+                    for (int64_t o = p; o < last; o += LANES) emit(o, r + b, load(out + b * count * LANES + o - p));
                 else
                     for (int64_t o = first; o < last; ++o) emit(o, r + b, out[b * count * LANES + o - p]);
         }
@@ -529,8 +540,8 @@ class Runner {
         const W* bias = (const W*)l.qkv_bias;
         auto project = [&, width = Q](int64_t begin, int64_t end, int64_t first) {
             float* out = qkv.data() + first * width;
-            multiply(l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, float y) {
-                out[r * width + o] = bias ? y + widen(bias[o]) : y;
+            multiply(l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, auto y) {
+                put(out + r * width + o, bias ? plus(y, bias + o) : y);
             });
         };
         if (G % threads == 0) {  // a thread projects what its own heads attend with
@@ -550,17 +561,17 @@ class Runner {
         x += from * D;
         const Part d(D, unit);
         multiply(l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, N * H, R,
-                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+                [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); });
         barrier();
         read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
         const Part f(F, unit);
-        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
+        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, auto y) { put(both + r * width + o, y); };
         multiply(l.gate_up, D, f.begin, f.end, read, D, R, keep);
         multiply(l.gate_up, D, F + f.begin, F + f.end, read, D, R, keep);
         for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
         barrier();
         multiply(l.down, F, d.begin, d.end, hidden.data(), F, R,
-                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+                [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); });
         barrier();
     }
 
@@ -574,7 +585,7 @@ class Runner {
         A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
         const Part v(vocabulary, unit);
         multiply(m.unembedding, D, v.begin, v.end, read, D, rows,
-                [=](int64_t o, int64_t r, float y) { out[r * vocabulary + o] = y; });
+                [=](int64_t o, int64_t r, auto y) { put(out + r * vocabulary + o, y); });
         barrier();
     }
 
