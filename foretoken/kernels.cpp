@@ -17,7 +17,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <utility>
 #include <vector>
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -86,16 +85,6 @@ inline void store(bf16* p, vec v) {
     const halves h = __builtin_convertvector(v == v ? rounded : uvec{} + 0x7FC0, halves);
     std::memcpy(p, &h, sizeof h);
 }
-
-// One number, or LANES of them.
-inline void put(float* p, float y) { *p = y; }
-inline void put(float* p, vec y) { store(p, y); }
-inline void add(float* p, float y) { *p += y; }
-inline void add(float* p, vec y) { store(p, load(p) + y); }
-template <class W>
-inline float plus(float y, const W* p) { return y + widen(*p); }
-template <class W>
-inline vec plus(vec y, const W* p) { return y + load(p); }
 
 // a * b + c, rounded once where the machine can; written out, so that a sum is not rounded as its surroundings suggest.
 inline vec fma(vec a, vec b, vec c) {
@@ -203,42 +192,50 @@ struct Beside<bf16> {
 };
 #endif
 
-// CHUNK inputs of a row of weights times those of R rows of x, added to acc.
-template <class W, class A>
-constexpr int CHUNK = LANES;
-template <int R, class W>
-INLINE void multiply(const W* w, const float* x, int64_t ldx, vec (&acc)[R]) {
-    const vec weight = load(w);
-    UNROLL for (int r = 0; r < R; ++r) acc[r] = fma(weight, load(x + r * ldx), acc[r]);
+template <int R>
+inline void multiply(const float* const* w, int64_t n, const float* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + LANES <= n; i += LANES) {
+        vec v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const vec weight = load(w[o] + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = fma(weight, v[r], acc[o][r]);
+        }
+    }
+}
+template <int R>
+inline void multiply(const bf16* const* w, int64_t n, const float* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + LANES <= n; i += LANES) {
+        vec v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = load(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const vec weight = load(w[o] + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = fma(weight, v[r], acc[o][r]);
+        }
+    }
 }
 #if defined(__AVX512BF16__)
-template <>
-constexpr int CHUNK<bf16, bf16> = 32;
-inline vec multiply_pairs(__m512i a, __m512i b, vec c) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 template <int R>
-INLINE void multiply(const bf16* w, const bf16* x, int64_t ldx, vec (&acc)[R]) {
-    const __m512i weight = _mm512_loadu_si512(w);
-    UNROLL for (int r = 0; r < R; ++r) acc[r] = multiply_pairs(weight, _mm512_loadu_si512(x + r * ldx), acc[r]);
+inline void multiply(const bf16* const* w, int64_t n, const bf16* x, int64_t ldx, int64_t& i, vec (&acc)[OUTS][R]) {
+    for (; i + 32 <= n; i += 32) {
+        __m512bh v[R];
+        UNROLL for (int r = 0; r < R; ++r) v[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + i);
+        UNROLL for (int o = 0; o < OUTS; ++o) {
+            const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[o] + i);
+            UNROLL for (int r = 0; r < R; ++r) acc[o][r] = (vec)_mm512_dpbf16_ps((__m512)acc[o][r], weight, v[r]);
+        }
+    }
 }
 #endif
 
-// Four rows of weights (n) times R rows of x (R, ldx) -> out (R, 4). Row after row: memory is read fastest in its order.
+// Four rows of weights (n) times R rows of x (R, ldx) -> out (R, 4).
 template <int R, class W, class A>
 inline void tile(const W* const* w, int64_t n, const A* x, int64_t ldx, float (*out)[OUTS]) {
-    constexpr int EACH = CHUNK<W, A>;
-    vec acc[OUTS][R];
-    UNROLL for (int o = 0; o < OUTS; ++o) {
-        vec even[R] = {}, odd[R] = {};
-        int64_t i = 0;
-        for (; i + 2 * EACH <= n; i += 2 * EACH) {
-            multiply<R>(w[o] + i, x + i, ldx, even);
-            multiply<R>(w[o] + i + EACH, x + i + EACH, ldx, odd);
-        }
-        if (i + EACH <= n) multiply<R>(w[o] + i, x + i, ldx, even);
-        UNROLL for (int r = 0; r < R; ++r) acc[o][r] = even[r] + odd[r];
-    }
+    vec acc[OUTS][R] = {};
+    int64_t i = 0;
+    multiply<R>(w, n, x, ldx, i, acc);
     sums<R>(acc, out);
-    for (int64_t j = n / EACH * EACH; j < n; ++j)
+    for (int64_t j = i; j < n; ++j)
         for (int r = 0; r < R; ++r)
             for (int o = 0; o < OUTS; ++o) out[r][o] += widen(w[o][j]) * widen(x[r * ldx + j]);
 }
@@ -259,97 +256,25 @@ inline void tiles(const W* const* w, int64_t n, const A* x, int64_t ldx, int row
     }
 }
 
-// emit(o, r, x[r] . w[o]) for outputs o in [begin, end) and rows r in [0, rows).
+// emit(o, r, x[r] . w[o]) for outputs o in [begin, end) and rows r in [0, rows). The four rows of weights that a tile reads
+// are a quarter of the outputs apart: memory is read fastest as a few long streams.
 template <class W, class A, class Emit>
 void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) {
     float out[ROWS][OUTS];
     const W* weights[OUTS];
     const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;  // 5 rows are 3 and 2, not 4 and 1
-    for (int64_t o = begin; o < end; o += OUTS) {
-        const int outs = int(std::min<int64_t>(OUTS, end - o));
-        for (int a = 0; a < OUTS; ++a) weights[a] = w + std::min(o + a, end - 1) * n;  // beyond the end: not emitted
+    const int64_t apart = (end - begin + OUTS - 1) / OUTS;
+    for (int64_t o = begin; o < begin + apart; ++o) {
+        const int outs = int((end - o + apart - 1) / apart);
+        for (int a = 0; a < OUTS; ++a) weights[a] = w + (a < outs ? o + a * apart : o) * n;  // beyond the end: not emitted
         for (int64_t r = 0; r < rows; r += each) {
             const int count = int(std::min(each, rows - r));
             tiles(weights, n, x + r * ldx, ldx, count, out);
             for (int b = 0; b < count; ++b)
                 if (outs == OUTS)
-                    for (int a = 0; a < OUTS; ++a) emit(o + a, r + b, out[b][a]);
+                    for (int a = 0; a < OUTS; ++a) emit(o + a * apart, r + b, out[b][a]);
                 else
-                    for (int a = 0; a < outs; ++a) emit(o + a, r + b, out[b][a]);
-        }
-    }
-}
-
-// P panels of packed weights times R rows of x -> out (R, P * LANES). A panel has LANES outputs side by side, so that no
-// sum goes across a vector: (n, LANES) in float32, (n / 2, LANES, 2) in bfloat16. n is a multiple of 4.
-template <int P, int R, class W>
-INLINE void multiply_panels(const W* w, int64_t n, const float* x, int64_t ldx, vec (&acc)[P][R][2]) {
-    for (int64_t i = 0; i < n; i += 2)
-        UNROLL for (int p = 0; p < P; ++p) {
-            const W* at = w + (p * n + i) * LANES;
-            vec weight[2];
-            if constexpr (sizeof(W) == 4) {
-                weight[0] = load(at), weight[1] = load(at + LANES);
-            } else {
-                ivec pairs;
-                std::memcpy(&pairs, at, sizeof pairs);
-                weight[0] = (vec)(pairs << 16), weight[1] = (vec)(pairs & int32_t(0xFFFF0000));
-            }
-            UNROLL for (int h = 0; h < 2; ++h)
-                UNROLL for (int r = 0; r < R; ++r) acc[p][r][h] = fma(weight[h], vec{} + x[r * ldx + i + h], acc[p][r][h]);
-        }
-}
-#if defined(__AVX512BF16__)
-template <int P, int R>
-INLINE void multiply_panels(const bf16* w, int64_t n, const bf16* x, int64_t ldx, vec (&acc)[P][R][2]) {
-    for (int64_t i = 0; i < n; i += 4)
-        UNROLL for (int h = 0; h < 2; ++h)
-            UNROLL for (int p = 0; p < P; ++p) {
-                const __m512i weight = _mm512_loadu_si512(w + (p * n + i + 2 * h) * LANES);
-                UNROLL for (int r = 0; r < R; ++r) {
-                    int32_t pair;
-                    std::memcpy(&pair, x + r * ldx + i + 2 * h, 4);
-                    acc[p][r][h] = multiply_pairs(weight, _mm512_set1_epi32(pair), acc[p][r][h]);
-                }
-            }
-}
-#endif
-template <int P, int R, class W, class A>
-void panels(const W* w, int64_t n, const A* x, int64_t ldx, float* out) {
-    vec acc[P][R][2];
-    UNROLL for (int p = 0; p < P; ++p)
-        UNROLL for (int r = 0; r < R; ++r) acc[p][r][0] = acc[p][r][1] = vec{};
-    multiply_panels<P, R>(w, n, x, ldx, acc);
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int p = 0; p < P; ++p) store(out + (r * P + p) * LANES, acc[p][r][0] + acc[p][r][1]);
-}
-
-template <int P, class W, class A, int... R>
-void some_panels(const W* w, int64_t n, const A* x, int64_t ldx, int rows, float* out, std::integer_sequence<int, R...>) {
-    constexpr decltype(&panels<P, 1, W, A>) of[] = {panels<P, R + 1, W, A>...};
-    of[rows - 1](w, n, x, ldx, out);
-}
-
-// `product` of packed weights; emit takes LANES outputs at once, too, from o on.
-template <class W, class A, class Emit>
-void packed_product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) {
-    constexpr int FEW = ROWS / 3 > 0 ? ROWS / 3 : 1;  // so few rows leave registers for more panels
-    const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;
-    float out[ROWS * 4 * LANES];
-    for (int64_t p = begin / LANES * LANES, count; p < end; p += count * LANES) {
-        const W* at = w + p * n;
-        count = each <= FEW && p + 4 * LANES <= end ? 4 : p + 2 * LANES <= end ? 2 : 1;
-        const int64_t first = std::max(begin, p), last = std::min(end, p + count * LANES);
-        for (int64_t r = 0; r < rows; r += each) {
-            const int few = int(std::min(each, rows - r));
-            if (count == 4) some_panels<4>(at, n, x + r * ldx, ldx, few, out, std::make_integer_sequence<int, FEW>());
-            else if (count == 2) some_panels<2>(at, n, x + r * ldx, ldx, few, out, std::make_integer_sequence<int, ROWS>());
-            else some_panels<1>(at, n, x + r * ldx, ldx, few, out, std::make_integer_sequence<int, ROWS>());
-            for (int b = 0; b < few; ++b)
-                if (last - first == count * LANES)
-                    for (int64_t o = p; o < last; o += LANES) emit(o, r + b, load(out + b * count * LANES + o - p));
-                else
-                    for (int64_t o = first; o < last; ++o) emit(o, r + b, out[b * count * LANES + o - p]);
+                    for (int a = 0; a < outs; ++a) emit(o + a * apart, r + b, out[b][a]);
         }
     }
 }
@@ -388,7 +313,7 @@ inline void transpose(__m512i (&r)[16]) {
 inline vec multiply_words(float, __m512i a, __m512i b, vec c) { return fma((vec)a, (vec)b, c); }
 #if defined(__AVX512BF16__)
 inline vec multiply_words(bf16, __m512i a, __m512i b, vec c) {
-    return multiply_pairs(a, b, c);
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
 #endif
 
@@ -441,13 +366,13 @@ extern "C" {
 // The structures are mirrored field by field in native.py.
 
 struct Model {
-    int64_t bfloat16, packed, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
+    int64_t bfloat16, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
     double eps;
     const void *embedding, *unembedding, *norm;  // (V, D), (V, D), (D)
     const float *cos, *sin;                      // (positions, H), the first half of sin negative
 };
 
-// Weights as torch.nn.Linear has them (out, in), or in panels (see `panels`) where the model is packed; pointers that a block has no use for are null.
+// Weights as torch.nn.Linear has them (out, in); pointers that a block has no use for are null.
 struct Layer {
     const void *qkv, *qkv_bias, *o, *gate_up, *down;
     const void *norm_1, *norm_2, *q_norm, *k_norm, *hidden_norm;
@@ -517,13 +442,12 @@ class Runner {
     static constexpr int64_t FEW = 8;
     const Model& m;
     const int64_t D, N, G, H, F, Q;  // G: key/value heads; Q: width of queries, keys and values together
-    const int64_t unit;              // outputs that are computed together
     Buffer<A> input, mixed, hidden;
     Buffer<float> qkv, gate_up;
 
   public:
     Runner(const Model& model, int64_t rows)
-        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H), unit(m.packed ? LANES : OUTS),
+        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H),
           input(std::max(rows, FEW * model.threads) * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
 
     // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x. Of items before `from` keys
@@ -540,8 +464,8 @@ class Runner {
         const W* bias = (const W*)l.qkv_bias;
         auto project = [&, width = Q](int64_t begin, int64_t end, int64_t first) {
             float* out = qkv.data() + first * width;
-            multiply(l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, auto y) {
-                put(out + r * width + o, bias ? plus(y, bias + o) : y);
+            product((const W*)l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, float y) {
+                out[r * width + o] = bias ? y + widen(bias[o]) : y;
             });
         };
         if (G % threads == 0) {  // a thread projects what its own heads attend with
@@ -550,7 +474,7 @@ class Runner {
             project((N + first) * H, (N + end) * H, 0);
             project((N + G + first) * H, (N + G + end) * H, 0);
         } else {
-            const Part q(N * H, unit), kv(2 * G * H, unit);
+            const Part q(N * H, OUTS), kv(2 * G * H, OUTS);
             project(q.begin, q.end, from);
             project(N * H + kv.begin, N * H + kv.end, 0);
             barrier();
@@ -559,19 +483,19 @@ class Runner {
         barrier();
         const int64_t R = items.count - from;
         x += from * D;
-        const Part d(D, unit);
-        multiply(l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, N * H, R,
-                [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); });
+        const Part d(D, OUTS);
+        product((const W*)l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, N * H, R,
+                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
         barrier();
         read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
-        const Part f(F, unit);
-        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, auto y) { put(both + r * width + o, y); };
-        multiply(l.gate_up, D, f.begin, f.end, read, D, R, keep);
-        multiply(l.gate_up, D, F + f.begin, F + f.end, read, D, R, keep);
+        const Part f(F, OUTS);
+        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
+        product((const W*)l.gate_up, D, f.begin, f.end, read, D, R, keep);
+        product((const W*)l.gate_up, D, F + f.begin, F + f.end, read, D, R, keep);
         for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
         barrier();
-        multiply(l.down, F, d.begin, d.end, hidden.data(), F, R,
-                [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); });
+        product((const W*)l.down, F, d.begin, d.end, hidden.data(), F, R,
+                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
         barrier();
     }
 
@@ -583,19 +507,13 @@ class Runner {
     // States (rows, D) -> logits (rows, vocabulary) of the first tokens, normalised first.
     void logits(const float* states, int64_t rows, int64_t vocabulary, float* out) {
         A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
-        const Part v(vocabulary, unit);
-        multiply(m.unembedding, D, v.begin, v.end, read, D, rows,
-                [=](int64_t o, int64_t r, auto y) { put(out + r * vocabulary + o, y); });
+        const Part v(vocabulary, OUTS);
+        product((const W*)m.unembedding, D, v.begin, v.end, read, D, rows,
+                [=](int64_t o, int64_t r, float y) { out[r * vocabulary + o] = y; });
         barrier();
     }
 
   private:
-    // As `product`.
-    template <class Emit>
-    void multiply(const void* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t ldx, int64_t rows, Emit emit) const {
-        (m.packed ? packed_product<W, A, Emit> : product<W, A, Emit>)((const W*)w, n, begin, end, x, ldx, rows, emit);
-    }
-
     // Rows (R, width) that fill(r, row) makes, for all threads. Of few rows each thread makes its own: no waiting.
     template <class Fill>
     A* prepare(int64_t R, int64_t width, Fill fill) {
@@ -1071,9 +989,6 @@ void turn(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, con
 }  // namespace
 
 extern "C" {
-
-// Outputs of a panel of packed weights.
-int64_t foretoken_lanes() { return LANES; }
 
 // z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. stacked: a head reads
 // the state of the one before it, and the first of them z.

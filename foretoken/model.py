@@ -163,8 +163,6 @@ class Model(nn.Module):
         """The form of this model that decodes with a cache, made on first use and whenever the weights have moved."""
         if self._stepper is None or not self._stepper.current(self):
             self._stepper = Stepper(self)
-        elif self._stepper.native is not None:
-            self._stepper.native.follow()
         return self._stepper
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foretoken.cache import KVCache
@@ -33,7 +32,6 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_PACKED = 64 << 20  # bytes of weights that are copied to the order in which steps of several rows are fastest
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 _INT, _REAL, _AT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _Model = _structure(
     "_Model",
-    sizes=("bfloat16 packed threads width heads kv_heads head_dim mlp vocabulary", _INT),
+    sizes=("bfloat16 threads width heads kv_heads head_dim mlp vocabulary", _INT),
     eps=("eps", _REAL),
     weights=("embedding unembedding norm cos sin", _AT),
 )
@@ -86,7 +84,6 @@ def library() -> ctypes.CDLL | None:
         return None
     for name in ("forward", "draft", "logits", "turn"):
         getattr(loaded, f"foretoken_{name}").restype = None
-    loaded.foretoken_lanes.restype = ctypes.c_int64
     return loaded
 
 
@@ -144,14 +141,8 @@ class Native:
         self.trunk, (embedding, unembedding, norm) = len(trunk), ends
         self.vocabulary, self.width = embedding.shape
         self.tables: tuple[Tensor, Tensor] | None = None
-        self.packed: dict[int, tuple[Tensor, Tensor]] = {}  # by address: matrices, and their panels
-        self.sums: list[int] = []
-        stacks = [stack for stack in (*trunk, heads, *further, drafter) if stack is not None]
-        matrices = [m for s in stacks for stacked in (s.qkv, s.o, s.gate_up, s.down) for m in stacked]
-        self._pack([unembedding, *matrices])
         self.model = _Model(
             int(embedding.dtype == torch.bfloat16),
-            int(len(self.packed) > 0),
             torch.get_num_threads(),
             self.width,
             heads.heads,
@@ -160,36 +151,10 @@ class Native:
             heads.down.size(2),
             self.vocabulary,
             eps,
-            embedding.data_ptr(),
-            self._address(unembedding),
-            norm.data_ptr(),
+            *(tensor.data_ptr() for tensor in (embedding, unembedding, norm)),
         )
         self.layers: tuple[Any, Any] = (None, None)
         self.draft_layer: tuple[Any, Any] = (None, None)
-
-    @torch.inference_mode()
-    def _pack(self, matrices: Sequence[Tensor]) -> None:
-        """Copy small models' matrices (out, in) to panels, as `kernels.cpp` has them."""
-        small = sum(matrix.nbytes for matrix in matrices) <= MOST_PACKED
-        if small and all(matrix.size(1) % 4 == 0 for matrix in matrices):
-            lanes = self.library.foretoken_lanes()
-            self.packed = {matrix.data_ptr(): (matrix, _panels(matrix, lanes)) for matrix in matrices}
-            self.sums = self._sums()
-
-    @torch.inference_mode()
-    def follow(self) -> None:
-        """Take over what has changed in the weights' own memory, as training changes it."""
-        if (sums := self._sums()) != self.sums:
-            for matrix, panels in self.packed.values():
-                panels.copy_(_panels(matrix, panels.size(2)))
-            self.sums = sums
-
-    def _sums(self) -> list[int]:
-        return [int(matrix.view(torch.int64).sum()) for matrix, _ in self.packed.values()]
-
-    def _address(self, matrix: Tensor) -> int:
-        at = matrix.data_ptr()
-        return self.packed[at][1].data_ptr() if at in self.packed else at
 
     def use_tables(self, tables: tuple[Tensor, Tensor]) -> None:
         """Take these rotary tables (positions, H), contiguous and in float32, from now on."""
@@ -289,40 +254,34 @@ class Native:
 
     def _reading(self, cache: KVCache) -> Any:
         if self.layers[0] != (where := cache.address):
-            blocks = [self._layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
+            blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
             self.layers = where, _array(_Layer, len(blocks))(*blocks)
         return self.layers[1]
 
     def _drafting(self, cache: KVCache) -> Any:
         assert self.drafter is not None
         if self.draft_layer[0] != (where := cache.address):
-            self.draft_layer = where, self._layer(self.drafter, 0, cache, 0)
+            self.draft_layer = where, _layer(self.drafter, 0, cache, 0)
         return self.draft_layer[1]
 
-    def _layer(self, stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
-        """Addresses of block `index` of a stack, whose keys and values are block `block` of the cache."""
 
-        def at(tensor: Tensor | None) -> int | None:
-            return None if tensor is None else self._address(tensor[index])
+def _layer(stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
+    """Addresses of block `index` of a stack, whose keys and values are block `block` of the cache."""
 
-        norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
-        hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
-        return _Layer(
-            *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
-            *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
-            *(None if norm is None else norm.data_ptr() for norm in norms),
-            at(hidden_norm),
-            cache.keys[block].data_ptr(),
-            cache.values[block].data_ptr(),
-            cache.capacity,
-        )
+    def at(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor[index].data_ptr()
 
-
-def _panels(matrix: Tensor, lanes: int) -> Tensor:
-    """A matrix (out, in) as panels (out / lanes, words, lanes, numbers in a word of 32 bits), the last filled up."""
-    each = 4 // matrix.element_size()
-    whole = F.pad(matrix, (0, 0, 0, -matrix.size(0) % lanes))
-    return whole.view(-1, lanes, matrix.size(1) // each, each).transpose(1, 2).contiguous()
+    norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
+    hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
+    return _Layer(
+        *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
+        *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+        at(hidden_norm),
+        cache.keys[block].data_ptr(),
+        cache.values[block].data_ptr(),
+        cache.capacity,
+    )
 
 
 def _items(tokens: list[list[int]], cache: KVCache, tree: Tree | None = None) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import logging
 import math
 import os
@@ -34,7 +33,6 @@ from test_sampling import slow_gumbel, slow_mix
 from torch import Tensor
 
 from foretoken import model as stepping
-from foretoken import native as compiled
 from foretoken.cache import KVCache
 from foretoken.decode import Batch, decode
 from foretoken.errors import CheckpointError
@@ -56,13 +54,6 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
 
 def small(kind: str = "parallel", dtype: torch.dtype = torch.float32, **fields: object) -> Model:
     return tiny_model(**{"head_kind": kind, "dtype": dtype, **fields})
-
-
-@pytest.fixture(params=["panels", "rows"])
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights as small models have them in compiled steps, and as large ones."""
-    if request.param == "rows":
-        monkeypatch.setattr(compiled, "MOST_PACKED", 0)
 
 
 def native(model: Model) -> Native:
@@ -177,7 +168,6 @@ def driven_together(models: Sequence[Model], seed: int, tolerance: float) -> Non
                         cache.join(row)
 
 
-@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -188,15 +178,6 @@ def test_steps_equal_pytorch(architecture: str, kv_heads: int, dtype: torch.dtyp
         model = small(kind, dtype, architecture=architecture, kv_heads=kv_heads, n_future=n, seed=index, **shape)
         assert native(model)
         driven_together([model, twin(model)], index, 1e-5 if dtype == torch.float32 else 0.1)
-
-
-def test_small_models_lie_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native(small(width=64)).packed
-    assert not native(small(width=64, intermediate_size=50)).packed
-    size = sum(matrix.nbytes for matrix, _ in native(small(width=64)).packed.values())
-    for most, packed in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(compiled, "MOST_PACKED", most)
-        assert bool(native(small(width=64)).packed) == packed
 
 
 def test_another_model_does_not_agree() -> None:
@@ -269,7 +250,6 @@ def test_filters_pass_over_logits_that_are_no_numbers() -> None:
         next(steps)  # the prompt, which PyTorch reads
         with torch.no_grad():
             model.lm_head.weight[::3] = math.nan
-        model.stepper()  # sees what has changed
         with pytest.raises(CheckpointError, match="no numbers"):
             next(steps)
 
@@ -324,7 +304,6 @@ def each_alone(model: Model, drafts: int, sampling: Sampling) -> list[Request]:
     return [through(model, [request], drafts, sampling)[0] for request in fresh_requests(LONG, LIMITS)]
 
 
-@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 40, 64])  # heads of 8, 10 and 16
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,7 +321,6 @@ def test_speculative_is_plain_to_the_last_bit(kind: str, width: int, dtype: torc
         assert accepted > 0
 
 
-@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_see_their_neighbours(dtype: torch.dtype, kv_heads: int) -> None:
@@ -370,7 +348,6 @@ def test_long_drafts_are_plain(kind: str, dtype: torch.dtype) -> None:
                 assert len(a.steps[0].drafted) == drafts
 
 
-@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("sampling", [GREEDY, SOFT, REJECTION], ids=["greedy", "soft", "rejection"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -814,15 +791,13 @@ def test_narrower_vectors_give_the_same(march: str, elsewhere: pytest.MonkeyPatc
     if not runs(march):
         pytest.skip(f"this machine is no {march}")
     elsewhere.setenv("CXX", str(compiler_for(march, tmp_path / "compiler")))
-    most = compiled.MOST_PACKED
-    for index, (shape, dtype, packed) in enumerate(itertools.product(SHAPES, DTYPES, (most, 0))):
-        elsewhere.setattr(compiled, "MOST_PACKED", packed)
-        kind, n = HEADS[index % len(HEADS)]
-        model = small(kind, dtype, n_future=n, **shape)
-        assert native(model)
-        driven_together([model, twin(model)], index, 1e-5 if dtype == torch.float32 else 0.1)
-    for kind, packed in itertools.product(KINDS, (most, 0)):
-        elsewhere.setattr(compiled, "MOST_PACKED", packed)
+    for index, shape in enumerate(SHAPES):
+        for dtype in DTYPES:
+            kind, n = HEADS[index]
+            model = small(kind, dtype, n_future=n, **shape)
+            assert native(model)
+            driven_together([model, twin(model)], index, 1e-5 if dtype == torch.float32 else 0.1)
+    for kind in KINDS:
         model = small(kind, width=64)
         for sampling in (SOFT, REJECTION):
             steps_agree(run(model, PROMPTS, 3, sampling), run(twin(model), PROMPTS, 3, sampling))
