@@ -490,6 +490,19 @@ def test_muon_is_torchs(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None
         assert (a - b).norm() < 0.02 * moved
 
 
+def test_muon_leaves_what_has_no_gradient() -> None:
+    """Of two matrices of a shape, one with momentum from before: a head whose loss weight has become 0."""
+    both = [torch.nn.Parameter(torch.eye(8)) for _ in range(2)]
+    muon = optim.Muon([{"params": both, "peak_lr": 0.02}], lr=0.02, weight_decay=0.1)
+    for p in both:
+        p.grad = torch.ones(8, 8)
+    muon.step()
+    before = [p.detach().clone() for p in both]
+    both[1].grad = torch.zeros(8, 8)
+    muon.step()
+    assert [torch.equal(p, q) for p, q in zip(both, before, strict=True)] == [False, True]
+
+
 @pytest.mark.parametrize("shape", [(3, 20, 8), (2, 8, 20), (1, 12, 12)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
