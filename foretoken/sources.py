@@ -285,14 +285,15 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
 
 
+def files_of(sources: Sequence[str]) -> set[str]:
+    """The files of sources, resolved, and the names of data sets. Raises DataError for one without a file."""
+    files = (str(file.resolve()) for name in sources if not name.startswith("hf:") for file in source_files(name))
+    return {*files, *(name for name in sources if name.startswith("hf:"))}
+
+
 def _require_apart(source: Sequence[str], validation: Sequence[str]) -> None:
     """Raises ConfigError where a source to validate on is one to train on, too."""
-
-    def held(names: Sequence[str]) -> set[str]:
-        files = (str(file.resolve()) for name in names if not name.startswith("hf:") for file in source_files(name))
-        return {*files, *(name for name in names if name.startswith("hf:"))}
-
-    if both := sorted(held(source) & held(validation)):
+    if both := sorted(files_of(source) & files_of(validation)):
         raise ConfigError(
             f"data.validation: {both[0]} is in data.source, too; name there what is to be trained on alone"
         )
