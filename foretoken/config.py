@@ -44,7 +44,8 @@ class DataConfig(Section):
     chat template renders; what the assistant says is learned.
 
     Held out for validation is, in this order: what `split_field` does not call train, the sources in `validation`, or
-    `validation_fraction` of the documents by a hash of their text (of fewer than 20 texts, the end of each).
+    `validation_fraction` of the documents by a hash of their text (of fewer than 20 texts without prompts, the
+    end of each).
     """
 
     source: tuple[str, ...] = ("stdlib",)

@@ -96,8 +96,8 @@ def evaluation_documents(
     """The documents to score a checkpoint on.
 
     Without `sources`, or with those that it was trained on, spelled as they may be: what its training held out, or what
-    else `split` names. Other sources: the part `split` names, by default all. fields: of records, as `DataConfig` names them. Raises
-    DataError, and ConfigError, too, where there are fields and no records.
+    else `split` names. Other sources: the part `split` names, by default all. fields: of records, as `DataConfig` names
+    them. Raises DataError, and ConfigError, too, where there are fields and no records.
     """
     if split not in (None, "all", "train", "validation"):
         raise ConfigError(f"--split {split}: must be all, train or validation")

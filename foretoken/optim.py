@@ -65,11 +65,11 @@ class Muon(torch.optim.Muon):
                     shapes.setdefault(p.shape, []).append(p)
             for shape, same in shapes.items():
                 learns = [whole(p.grad.any()) for p in same if p.grad is not None]
-                update = torch.stack([whole(self._momentum(p, group)) * yes for p, yes in zip(same, learns, strict=True)])
+                update = torch.stack([whole(self._momentum(p, group)) * on for p, on in zip(same, learns, strict=True)])
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 tensors: list[Tensor] = list(same)
                 scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_mul_(tensors, [1 - group["lr"] * group["weight_decay"] * yes for yes in learns])
+                torch._foreach_mul_(tensors, [1 - group["lr"] * group["weight_decay"] * on for on in learns])
                 changes = [like(change, p) for change, p in zip(update.to(same[0].dtype), same, strict=True)]
                 torch._foreach_add_(tensors, changes, alpha=-scale)
 

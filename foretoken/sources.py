@@ -266,9 +266,9 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
     """Every document with its split, by the first rule that applies.
 
     split_field: records that say "train" train, all others validate (a text file says nothing and trains).
-    validation: its sources validate. Fewer than 20 documents, and no conversations: the last `validation_fraction` of
-    each validates, cut at a line's end where one is near. Else by SHA-256 of the text, so equal documents share a
-    split; should none fall to validation, the one with the lowest hash does.
+    validation: its sources validate. Fewer than 20 texts without prompts: the last `validation_fraction` of each
+    validates, cut at a line's end where one is near. Else, conversations among them, by SHA-256 of the text, so equal
+    documents share a split; should none fall to validation, the one with the lowest hash does.
     """
     source = documents(config, config.source)
     if config.split_field is not None:
@@ -279,7 +279,7 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
         yield from ((d, "validation") for d in documents(config, config.validation))
     else:
         first = list(itertools.islice(source, FEW_DOCUMENTS))
-        if len(first) < FEW_DOCUMENTS and config.messages_field is None:
+        if len(first) < FEW_DOCUMENTS and config.messages_field is config.prompt_field is None:
             yield from (part for d in first for part in _cut(d, config.validation_fraction))
         else:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
@@ -306,9 +306,9 @@ def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, Split]
     if line and len(text) - line <= 2 * (len(text) - cut):
         cut = line
     if cut > 0:
-        yield replace(document, text=text[:cut]), "train"
+        yield replace(document, text=text[:cut], cut=document.cut or cut < len(text)), "train"
     if cut < len(text):
-        yield replace(document, text=text[cut:], prompt="" if cut > 0 else document.prompt), "validation"
+        yield replace(document, text=text[cut:]), "validation"
 
 
 def _by_hash(source: Iterable[Document], fraction: float) -> Iterator[tuple[Document, Split]]:
