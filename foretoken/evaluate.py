@@ -28,7 +28,7 @@ from foretoken.errors import CheckpointError, ConfigError, DataError
 from foretoken.framing import scored
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
-from foretoken.sources import Document, files_of, require_records, split_documents
+from foretoken.sources import Document, require_records, same_files, split_documents
 from foretoken.sources import documents as read_documents
 from foretoken.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def evaluation_documents(
         raise ConfigError(f"--split {split}: must be all, train or validation")
     recipe = recorded_recipe(checkpoint)
     trained_on = dict(recipe["data"]) if recipe else None
-    if trained_on and (not sources or (split != "all" and _same(sources, trained_on.get("source", ())))):
+    if trained_on and (not sources or (split != "all" and same_files(sources, trained_on.get("source", ())))):
         config = validated(DataConfig, trained_on | dict(fields or {}), "foretoken.json and options: data")
         split = split or "validation"
     elif sources:
@@ -115,14 +115,6 @@ def evaluation_documents(
         yield from read_documents(config, (*config.source, *config.validation))
     else:
         yield from (document for document, part in split_documents(config) if part == split)
-
-
-def _same(sources: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether both hold the same files."""
-    try:
-        return files_of(sources) == files_of(others)
-    except DataError:  # what it was trained on lies here no more
-        return False
 
 
 def evaluate(

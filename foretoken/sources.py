@@ -285,15 +285,23 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
 
 
-def files_of(sources: Sequence[str]) -> set[str]:
+def _files_of(sources: Sequence[str]) -> set[str]:
     """The files of sources, resolved, and the names of data sets. Raises DataError for one without a file."""
     files = (str(file.resolve()) for name in sources if not name.startswith("hf:") for file in source_files(name))
     return {*files, *(name for name in sources if name.startswith("hf:"))}
 
 
+def same_files(sources: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether both hold the same files and data sets; not where one of them is there no more."""
+    try:
+        return _files_of(sources) == _files_of(others)
+    except DataError:
+        return False
+
+
 def _require_apart(source: Sequence[str], validation: Sequence[str]) -> None:
     """Raises ConfigError where a source to validate on is one to train on, too."""
-    if both := sorted(files_of(source) & files_of(validation)):
+    if both := sorted(_files_of(source) & _files_of(validation)):
         raise ConfigError(
             f"data.validation: {both[0]} is in data.source, too; name there what is to be trained on alone"
         )

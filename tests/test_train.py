@@ -105,7 +105,7 @@ def test_every_head_and_the_trunk_change_after_a_step(corpus: Path, tmp_path: Pa
 
 
 def test_bits_per_byte_are_the_loss_in_bits_for_the_bytes_of_text(corpus: Path, tmp_path: Path) -> None:
-    """A document of b bytes is b + 2 tokens, bos and eos (b + 1 where it is cut, as the training part is here); the mean
+    """A document of b bytes is b + 2 tokens, bos and eos (none where it is cut, as the training part is here); the mean
     loss is of all that have one before them."""
     train(recipe(corpus, "train.steps=2"), tmp_path / "run")
     for record, split in zip(records(tmp_path / "run"), ("train", "validation"), strict=True):
