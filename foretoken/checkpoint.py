@@ -261,8 +261,8 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     main = {new: name for name in shapes if (new := hf.main_name(name, config))}
     # A copy of tied embeddings, or a table that old exporters stored, may lie there too.
-    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
-    tensors = _read_renamed(folder, "", main, shapes, ignored)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    tensors = _read_renamed(folder, "", main, shapes, ("rotary_emb.inv_freq",), tied)
     if config.n_future > 1:
         tensors |= _read_heads(folder, config, shapes, tensors["norm.weight"])
     kind = (DTYPES[dtype] if isinstance(dtype, str) else dtype) or tensors["embed_tokens.weight"].dtype
@@ -297,16 +297,13 @@ def _read_heads(
 
 
 def _read_renamed(
-    folder: Path,
-    prefix: str,
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    ignored: tuple[str, ...] = (),
-) -> dict[str, Tensor]:
+    folder: Path, prefix: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
+    ignored: tuple[str, ...] = (), tied: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors in `folder`/`prefix` under our names, which `names` maps theirs to."""
     recorded = recorded_digests(folder).items()
     digests = {name.removeprefix(prefix): digest for name, digest in recorded if name.startswith(prefix)}
-    stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored)
+    stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored, tied)
     return {names[new]: tensor for new, tensor in stored.items()}
 
 

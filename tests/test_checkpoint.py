@@ -10,6 +10,7 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import foretoken
 from foretoken import checkpoint as checkpoints
-from foretoken.checkpoint import describe, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from foretoken.checkpoint import describe, find_checkpoint, load_checkpoint, load_model, prune, save_checkpoint
 from foretoken.errors import CheckpointError, ForetokenError
 from foretoken.formats import safetensors as files
 from foretoken.model import Model
@@ -147,6 +148,16 @@ def test_tensors_are_those_of_the_heads(tmp_path: Path) -> None:
 def test_tied_unembedding_is_stored_once(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", small(tie_word_embeddings=True), byte_tokenizer())
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_a_tied_unembedding_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
+    for name, change, says in (("copy", 0.0, None), ("other", 1.0, "'lm_head.weight' is not the embedding, though")):
+        file = save_checkpoint(tmp_path / name, small(tie_word_embeddings=True), byte_tokenizer()) / "model.safetensors"
+        (tmp_path / name / "foretoken.json").unlink()
+        weights = load_file(file)
+        save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + change}, file)
+        with nullcontext() if says is None else pytest.raises(CheckpointError, match=says):
+            load_model(tmp_path / name, None)
 
 
 def test_config_of_the_heads_is_a_drafters(saved: Path) -> None:
