@@ -79,8 +79,8 @@ def mtp_loss(
     hidden: n normalised states (B, T, D); weight: unembedding (V, D) of all heads, or n of them; labels (n, B, T) from
     `targets`; scales (n,) from `scales`. Gradients are computed while a chunk's logits are there, so nothing is
     computed twice and a weight has one gradient buffer for all its heads. Under autocast the products run in its type,
-    which must not be float16, sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so many heads, the first; None:
-    of all that share it. Others always learn.
+    which must not be float16; sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so
+    many heads, the first; None: of all that share it. Others always learn.
     """
     weights, which = distinct(weight, len(hidden))
     dtype = product_dtype(weights[0])
