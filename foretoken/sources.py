@@ -211,7 +211,9 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
             value = None if field is None else record[field]
             if field is not None and field == config.messages_field:
                 messages = _messages(value, f"{where}: field '{field}'", config.errors)
-                value = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
+                value = "\n".join(
+                    message.get("content") or "" for message in messages if message["role"] == "assistant"
+                )
             elif is_text and field is not None:
                 if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
                     value = "\n\n".join(value)
@@ -220,8 +222,10 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
                 value = _without_surrogates(value, where, config.errors)
             values.append(None if value is None else str(value))
         prompt, text, domain, split = values
-        if text:
-            yield Document(text, where, prompt or "", domain, split, messages, record.get("finish_reason") == "length")
+        if text or messages:
+            yield Document(
+                text or "", where, prompt or "", domain, split, messages, record.get("finish_reason") == "length"
+            )
 
 
 def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any], ...]:
@@ -231,13 +235,16 @@ def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any]
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"{where}: message {number} is {_shown(message)}, not an object with role and content")
+        calls = message.get("role") == "assistant" and message.get("tool_calls")
         for key in ("role", "content"):
+            if calls and message.get(key) is None:
+                continue
             if key not in message:
                 has = ", ".join(sorted(message)) or "nothing"
                 raise DataError(f"{where}: message {number} has no '{key}'; it has {has}")
             if not isinstance(message[key], str):
                 raise DataError(f"{where}: message {number}: '{key}' is {_shown(message[key])}, not a text")
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not (calls or message["content"].strip()):
             raise DataError(f"{where}: message {number}: the assistant says nothing; leave the turn out")
     if all(message["role"] != "assistant" for message in value):
         roles = ", ".join(dict.fromkeys(message["role"] for message in value))
