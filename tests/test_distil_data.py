@@ -62,6 +62,9 @@ def test_interrupted_it_is_the_same_file(run: Run, model: Path, text: Path, tmp_
     assert run(*command(model, text, parts, 7), "--json").json["written"] == 4
     assert parts.read_text() == whole.read_text()
     assert run(*command(model, text, parts, 7), "--json").json["written"] == 0
+    run(*command(model, text, tmp_path / "few.jsonl", 3))
+    assert run(*command(model, text, tmp_path / "few.jsonl", 7), "--json").json["written"] == 4
+    assert (tmp_path / "few.jsonl").read_text() == whole.read_text()  # nor on how many there were to be at first
     records = [json.loads(line) for line in lines]
     assert all(record["text"] == record["prompt"] + record["response"] for record in records)
     assert [record["seed"] for record in records] == list(range(7))
@@ -127,8 +130,8 @@ def test_heads_learn_from_it(run: Run, model: Path, text: Path, tmp_path: Path) 
     sets = (
         f"model.start_from={model}", f'data.source=["{out}"]',
         "data.prompt_field=prompt", "data.response_field=response",
-        f"data.cache_dir={tmp_path}/cache", "data.validation_fraction=0.2", "train.steps=2", "train.batch_size=2",
-        "train.seq_len=32", "train.eval_windows=2", "train.precision=float32",
+        f"data.cache_dir={tmp_path}/cache", "data.validation_fraction=0.2", "train.steps=2", "train.batch_size=4",
+        "train.seq_len=192", "train.eval_windows=2", "train.precision=float32",
     )  # fmt: skip
     train(load_recipe("retrofit", sets), tmp_path / "run")
     assert load_model(tmp_path / "run", None).config.n_future == 4
