@@ -296,6 +296,12 @@ def test_directory_that_transformers_saved(transformers: Any, tmp_path: Path, ar
             load_checkpoint(tmp_path / "model")
 
 
+def test_a_single_file_goes_before_an_index(saved: Path) -> None:
+    """As in transformers, where the shards were merged and the index was left."""
+    (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    load_model(saved, None)
+
+
 def test_larger_embedding_than_tokenizer_is_anothers_right(transformers: Any, tmp_path: Path) -> None:
     """Published models pad their vocabulary: saved by us they load again, but not with another tokenizer."""
     save_checkpoint(tmp_path / "model", small(vocab=320), byte_tokenizer())
@@ -438,7 +444,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "theta that is a word": (CONFIG, keys(rope_parameters=..., rope_theta="many"), "rope_theta"),
     "index without a map": (
         "model.safetensors.index.json",
-        write("{}"),
+        lambda path: (path.write_text("{}"), path.with_name(MAIN).unlink()),
         "index.json: not an index of safetensors files",
     ),
     "provenance": (OWN, write("?"), "foretoken.json: not JSON"),

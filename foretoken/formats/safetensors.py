@@ -1,4 +1,4 @@
-"""Safetensors files: written with their digest, read strictly. A set of shards beside an index reads as one file.
+"""Safetensors files: written with their digest, read strictly. Shards beside an index read as one file.
 
 Files are written tensor by tensor, so that none but the one being written need be in memory.
 """
@@ -82,7 +82,7 @@ def read_tensors(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], digests: Mapping[str, str], ignored: tuple[str, ...] = (),
     tied: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The tensors of FILE in `folder`, or of the shards that its index names: exactly those in `shapes`.
+    """The tensors of FILE in `folder`, else of the shards that its index names: exactly those in `shapes`.
 
     digests: SHA-256 by file name, of the files that have one on record. ignored: endings of further names that may be
     there and are left out. tied: further names that may be there, too, as copies of others. Raises CheckpointError for
@@ -129,7 +129,7 @@ def read_file(path: Path, digest: str | None, ignored: tuple[str, ...] = ()) -> 
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of FILE in `folder`, or of the shards that its index names, none of them read yet.
+    """All tensors of FILE in `folder`, else of the shards that its index names, none of them read yet.
 
     Raises CheckpointError for a file that is missing or incomplete, and for types that are not PyTorch's own.
     """
@@ -174,7 +174,7 @@ def sha256(path: Path) -> str:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / f"{FILE}.index.json"
-    if not index.exists():
+    if (folder / FILE).exists() or not index.exists():  # FILE goes first, as in transformers
         return [folder / FILE]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
