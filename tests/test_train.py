@@ -36,6 +36,7 @@ from foretoken import train as training
 from foretoken.checkpoint import load_checkpoint, step_checkpoints
 from foretoken.config import LossConfig, OptimConfig
 from foretoken.data import prepare
+from foretoken.display import Display, _training_table
 from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
 from foretoken.model import Model
 from foretoken.tokenizer import byte_tokenizer
@@ -114,6 +115,23 @@ def test_bits_per_byte_are_the_loss_in_bits_for_the_bytes_of_text(corpus: Path, 
         assert ratio == 1 if split == "train" else 1 < ratio < 1.2
         for loss, bits in zip(record["loss"], record["bits_per_byte"], strict=True):
             assert bits == pytest.approx(loss / math.log(2) * ratio)
+
+
+def test_a_head_without_targets_has_no_figures(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where texts are shorter than it looks ahead; shown as a dash."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{chr(97 + i)}"}}\n' for i in range(26)))
+    wanted = recipe(corpus, "train.steps=1", "train.seq_len=8", f'data.source=["{tmp_path}/a.jsonl"]')
+    with Display() as display:
+        train(wanted, tmp_path / "run", report=display.record)
+    step, held_out = records(tmp_path / "run")
+    for record in (step, held_out):
+        assert record["count"][2] == 0 < record["count"][1]
+        assert [record[name][2] for name in ("loss", "bits_per_byte", "top1", "agreement")] == [None] * 4
+    assert " - bits per byte" in capsys.readouterr().err
+    display.out.print(_training_table(step | {"seconds_left": 0, "tokens_per_second": 1}, 1))
+    assert ["t+3", "-", "-", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_logged_losses_are_means_over_the_steps_since_the_last_record(corpus: Path, tmp_path: Path) -> None:
