@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def test_bits_per_byte_are_the_loss_in_bits_for_the_bytes_of_text(corpus: Path, 
         assert ratio == 1 if split == "train" else 1 < ratio < 1.2
         for loss, bits in zip(record["loss"], record["bits_per_byte"], strict=True):
             assert bits == pytest.approx(loss / math.log(2) * ratio)
+
+
+def test_tokens_per_second_are_of_training_alone(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step takes 2 seconds, an evaluation 10."""
+    clock = [0.0]
+
+    def timed(real: Callable[..., Any], takes: float, *given: Any) -> Any:
+        clock[0] += takes
+        return real(*given)
+
+    monkeypatch.setattr(training, "_update", partial(timed, training._update, 2.0))
+    monkeypatch.setattr(training, "_validate", partial(timed, training._validate, 10.0))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    lines: list[dict[str, Any]] = []
+    wanted = recipe(corpus, "train.steps=4", "train.log_every=2", "train.eval_every=1")
+    train(wanted, tmp_path / "run", report=lines.append)
+    per_step = wanted.train.batch_size * wanted.train.seq_len
+    assert [line["tokens_per_second"] for line in lines if line["kind"] == "train"] == [per_step / 2] * 2
 
 
 def test_a_head_without_targets_has_no_figures(
