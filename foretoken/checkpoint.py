@@ -63,8 +63,10 @@ def save_checkpoint(
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
     its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
-    call this; the first one writes. Raises CheckpointError when it cannot be written; then nothing is left behind.
+    call this; the first one writes. Raises CheckpointError when it cannot be written, or the tokenizer has more tokens
+    than the model; then nothing is left behind.
     """
+    _check_fit(directory, tokenizer, model.config)
     contents = gather_checkpoint(model, tokenizer, provenance, optimizers, unlogged, world)
     world.first_does(lambda: write_checkpoint(Path(directory), contents))
     return Path(directory)
@@ -163,14 +165,18 @@ def load_checkpoint(
     folder = find_checkpoint(directory)
     model = load_model(folder, dtype, device)
     tokenizer = load_tokenizer(folder)
-    size = model.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise CheckpointError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}")
+    _check_fit(folder, tokenizer, model.config)
     path = folder / "foretoken.json"
     recorded = read_json(path).get("tokenizer_fingerprint") if path.exists() else None
     if recorded not in (None, tokenizer.fingerprint):
         raise CheckpointError(f"{folder}/tokenizer.json: is not the tokenizer that this model was saved with")
     return model, tokenizer
+
+
+def _check_fit(where: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    size = config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(f"{where}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}")
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

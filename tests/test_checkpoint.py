@@ -296,6 +296,12 @@ def test_directory_that_transformers_saved(transformers: Any, tmp_path: Path, ar
             load_checkpoint(tmp_path / "model")
 
 
+def test_a_tokenizer_of_more_tokens_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model: tokenizer of 260 tokens beside a model of 250"):
+        save_checkpoint(tmp_path / "model", small(vocab=250), byte_tokenizer())
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_single_file_goes_before_an_index(saved: Path) -> None:
     """As in transformers, where the shards were merged and the index was left."""
     (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
