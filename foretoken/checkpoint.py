@@ -174,9 +174,8 @@ def load_checkpoint(
 
 
 def _check_fit(where: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    size = config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise CheckpointError(f"{where}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}")
+    if (size := tokenizer.vocab_size) > config.vocab_size:
+        raise CheckpointError(f"{where}: tokenizer of {size} tokens beside a model of {config.vocab_size}")
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

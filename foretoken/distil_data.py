@@ -49,19 +49,15 @@ def distil_data(
             display.progress(f"{start}/{records} records")
             options["seed"] = seed + start
             for answer in generate(model, tokenizer, prompts[start : start + batch_size], **options):
-                response, cut, _ = _behind(tokenizer, answer.prompt, answer.ids).partition("\ufffd")
+                before = tokenizer.encode(answer.prompt)  # where a text begins, some tokenizers drop its space
+                written = tokenizer.decode(before + answer.ids)[len(tokenizer.decode(before)) :]
+                response, cut, _ = written.partition("\ufffd")
                 record = {"prompt": answer.prompt, "response": response, "text": answer.prompt + response}
                 record |= {"finish_reason": "length" if cut else answer.finish_reason, "seed": answer.seed, **made}
                 file.write(json.dumps(record) + "\n")
             file.flush()
     display.progress(f"{records}/{records} records", last=True)
     return len(begun)
-
-
-def _behind(tokenizer: Tokenizer, prompt: str, ids: list[int]) -> str:
-    """Text of ids that stand behind a prompt, with the space that some tokenizers drop where a text begins."""
-    before = tokenizer.encode(prompt)
-    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
 
 def _fingerprint(model: Model, tokenizer: Tokenizer) -> str:

@@ -76,8 +76,7 @@ def train(
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     size = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": size})
-    began, first = time.perf_counter(), step
-    spent, marked_step = 0.0, step  # in updates since the last record
+    began, first, spent, marked_step = time.perf_counter(), step, 0.0, step  # spent: in updates, since the last record
     log, saver = MetricsLog(run, step, recipe, report, not world.first), Saver(run, config, tokenizer, world)
     with explained(run, config, world), log, _stop_signals() as stop, saver:
         while True:
