@@ -73,11 +73,21 @@ class WithHeads(nn.Module):
         states = self.heads.rest(z, z, lambda depth: F.embedding(further[:, depth : depth + T], table), context_at)
         return [out.last_hidden_state, *(base.norm(state) for state in states)]
 
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Of the model, as trainers of transformers ask for it; the heads keep their activations."""
+        self.model.gradient_checkpointing_enable(**options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The opposite."""
+        self.model.gradient_checkpointing_disable()
+
     def save(self, directory: str | Path, tokenizer: Any) -> Path:
         """Write a checkpoint that `foretoken generate` decodes with all heads, and transformers without them.
 
-        tokenizer: one of transformers, ours, or a folder with tokenizer.json.
+        tokenizer: one of transformers, ours, or a folder with tokenizer.json. Raises ConfigError where the model holds
+        adapters that are not merged.
         """
+        _require_no_adapters(self.model)
         with torch.device("meta"):
             model = Model(self.shape)
         given = self.model.state_dict()
@@ -100,6 +110,7 @@ def attach_heads(
     unembedding: "per_head" gives each of them one of its own.
     Raises ConfigError for a model without what heads need, CheckpointError for an architecture that is not supported.
     """
+    _require_no_adapters(model)
     values = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = hf.model_config(values, None, type(model).__name__)
     if n_future < 2:
@@ -108,6 +119,11 @@ def attach_heads(
         raise ConfigError(f"head_kind = {head_kind!r} reads head 1's own state; attached are {', '.join(ATTACHED)}")
     fields = config.model_dump() | {"n_future": n_future, "head_kind": head_kind, "unembedding": unembedding}
     return WithHeads(model, validated(ModelConfig, fields, "attach_heads"))
+
+
+def _require_no_adapters(model: Any) -> None:
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ConfigError("the model holds adapters of peft; merge them into its weights first (merge_and_unload)")
 
 
 def _tokenizer(given: Any) -> Tokenizer:

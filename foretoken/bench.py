@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,18 +130,31 @@ def held_out_prompts(texts: Sequence[str], count: int, where: str = "the held-ou
 
     Raises DataError, which says `where`, if all texts are too short to cut prompts from.
     """
+    texts = _long_enough(texts, where)
+    rounds = -(-count // len(texts))
+    turns = enumerate(islice(cycle(texts), count))
+    return [_prompt(text, len(text) * (i // len(texts) + 1) // (rounds + 1)) for i, text in turns]
+
+
+def further_prompts(texts: Sequence[str], count: int, where: str) -> list[str]:
+    """As `held_out_prompts`, but the first of many are the same as of few."""
+    texts = _long_enough(texts, where)
+    golden = (5**0.5 - 1) / 2  # whose multiples, without their whole part, lie evenly however many they are
+    turns = enumerate(islice(cycle(texts), count))
+    return [_prompt(text, int(len(text) * ((i // len(texts) + 1) * golden % 1))) for i, text in turns]
+
+
+def _long_enough(texts: Sequence[str], where: str) -> list[str]:
     texts = [text for text in texts if len(text) > 4 * PROMPT_BYTES]
     if not texts:
         raise DataError(f"{where}: no text of more than {4 * PROMPT_BYTES} characters to take prompts from")
-    prompts = []
-    for index in range(count):
-        text = texts[index % len(texts)]
-        rounds = -(-count // len(texts))
-        at = len(text) * (index // len(texts) + 1) // (rounds + 1)
-        end = text.find("\n", max(at, PROMPT_BYTES)) + 1 or len(text)
-        raw = text[:end].encode()[-PROMPT_BYTES:]
-        prompts.append(raw.decode("utf-8", "ignore"))
-    return prompts
+    return texts
+
+
+def _prompt(text: str, at: int) -> str:
+    """What precedes the end of the line at a place of a text."""
+    end = text.find("\n", max(at, PROMPT_BYTES)) + 1 or len(text)
+    return text[:end].encode()[-PROMPT_BYTES:].decode("utf-8", "ignore")
 
 
 def whole_prompts(texts: Sequence[str], count: int) -> list[str]:

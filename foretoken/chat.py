@@ -89,7 +89,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """The text of a conversation, as transformers renders it; its own {% generation %} blocks stay marked."""
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = [{key: v for key, v in message.items() if v is not None or key == "content"} for message in messages]
         try:
             return self._template.render(
                 messages=given, tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables

@@ -63,8 +63,10 @@ def save_checkpoint(
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
     its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
-    call this; the first one writes. Raises CheckpointError when it cannot be written; then nothing is left behind.
+    call this; the first one writes. Raises CheckpointError when it cannot be written, or the tokenizer has more tokens
+    than the model; then nothing is left behind.
     """
+    _check_fit(directory, tokenizer, model.config)
     contents = gather_checkpoint(model, tokenizer, provenance, optimizers, unlogged, world)
     world.first_does(lambda: write_checkpoint(Path(directory), contents))
     return Path(directory)
@@ -163,14 +165,17 @@ def load_checkpoint(
     folder = find_checkpoint(directory)
     model = load_model(folder, dtype, device)
     tokenizer = load_tokenizer(folder)
-    size = model.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise CheckpointError(f"{folder}: tokenizer of {tokenizer.vocab_size} tokens beside a model of {size}")
+    _check_fit(folder, tokenizer, model.config)
     path = folder / "foretoken.json"
     recorded = read_json(path).get("tokenizer_fingerprint") if path.exists() else None
     if recorded not in (None, tokenizer.fingerprint):
         raise CheckpointError(f"{folder}/tokenizer.json: is not the tokenizer that this model was saved with")
     return model, tokenizer
+
+
+def _check_fit(where: str | Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if (size := tokenizer.vocab_size) > config.vocab_size:
+        raise CheckpointError(f"{where}: tokenizer of {size} tokens beside a model of {config.vocab_size}")
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -261,8 +266,8 @@ def load_model(folder: Path, dtype: str | torch.dtype | None, device: str | torc
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     main = {new: name for name in shapes if (new := hf.main_name(name, config))}
     # A copy of tied embeddings, or a table that old exporters stored, may lie there too.
-    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
-    tensors = _read_renamed(folder, "", main, shapes, ignored)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    tensors = _read_renamed(folder, "", main, shapes, ("rotary_emb.inv_freq",), tied)
     if config.n_future > 1:
         tensors |= _read_heads(folder, config, shapes, tensors["norm.weight"])
     kind = (DTYPES[dtype] if isinstance(dtype, str) else dtype) or tensors["embed_tokens.weight"].dtype
@@ -297,16 +302,13 @@ def _read_heads(
 
 
 def _read_renamed(
-    folder: Path,
-    prefix: str,
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    ignored: tuple[str, ...] = (),
-) -> dict[str, Tensor]:
+    folder: Path, prefix: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
+    ignored: tuple[str, ...] = (), tied: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors in `folder`/`prefix` under our names, which `names` maps theirs to."""
     recorded = recorded_digests(folder).items()
     digests = {name.removeprefix(prefix): digest for name, digest in recorded if name.startswith(prefix)}
-    stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored)
+    stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored, tied)
     return {names[new]: tensor for new, tensor in stored.items()}
 
 

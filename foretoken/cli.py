@@ -78,7 +78,7 @@ def train(
     from foretoken.recipe import load_recipe
     from foretoken.train import train as run
 
-    given = () if start is None else (f"model.start_from={json.dumps(start)}",)
+    given = () if start is None else (f"model.start_from={json.dumps(start, ensure_ascii=False)}",)
     resolved = load_recipe(recipe, (*given, *(overrides or ())))
     folder = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
     with Display(quiet_text=as_json) as display:
@@ -177,7 +177,7 @@ def evaluate(
     documents = evaluation_documents(checkpoint, tuple(data or ()), split, given)
     model, tokenizer = load_checkpoint(checkpoint, dtype_of(dtype), device_of(device))
     with Display(quiet_text=as_json) as display:
-        result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("tokens evaluated"))
+        result = run(model, documents, tokenizer, max_bytes=max_bytes, progress=display.count("bytes evaluated"))
     print_json(result.to_json()) if as_json else display.evaluation(result.to_json())
 
 

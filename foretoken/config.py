@@ -44,7 +44,8 @@ class DataConfig(Section):
     chat template renders; what the assistant says is learned.
 
     Held out for validation is, in this order: what `split_field` does not call train, the sources in `validation`, or
-    `validation_fraction` of the documents by a hash of their text (of fewer than 20 texts, the end of each).
+    `validation_fraction` of the documents by a hash of their text (of fewer than 20 texts without prompts, the
+    end of each).
     """
 
     source: tuple[str, ...] = ("stdlib",)
@@ -199,7 +200,7 @@ class Recipe(Section):
         if not self.loss.data and not self.loss.distils:
             needs = "needs soft, total_variation or acceptance: heads 2..n would learn nothing"
             raise ValueError(f"loss.data = 0 {needs if n > 1 else 'is of heads 2..n, and n_future = 1 has none'}")
-        if not whole and n == 1:
+        if not whole and self.model.n_future == 1:
             raise ValueError("loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none")
         if self.model.head_kind == "anticausal" and not whole:
             raise ValueError("loss.head_gradients: anticausal heads are the next-token path, which they always train")

@@ -23,9 +23,9 @@ MATRICES: tuple[Matrix, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_pr
 
 
 class Section(BaseModel):
-    """A section of a recipe: nothing can be changed, and nothing unknown given."""
+    """A section of a recipe: nothing can be changed, and nothing unknown or infinite given."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 SectionT = TypeVar("SectionT", bound=Section)

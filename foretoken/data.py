@@ -33,7 +33,7 @@ from foretoken.tokenizer import Tokenizer
 __all__ = ["Document", "Split", "Tokens", "documents", "prepare", "split_documents"]
 
 SHARD_TOKENS = 64 * 2**20
-_FORMAT = 3
+_FORMAT = 4
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22
 _ROW = 5  # numbers per document, see Tokens.rows
 

@@ -116,8 +116,7 @@ class Display:
         )
         for name, part in values["domains"].items():
             first, steps = part["heads"][0]["bits_per_byte"], part["predicted_tokens_per_step"]
-            shown = "-" if first is None else f"{first:.3f}"  # texts too short to predict anything
-            self.result(f"  {name}: {shown} bits per byte, {steps:.2f} tokens per step")
+            self.result(f"  {name}: {_shown(first)} bits per byte, {steps:.2f} tokens per step")
 
     def trained(self, result: TrainResult) -> None:
         """How training ended."""
@@ -186,7 +185,7 @@ def summary(generation: Generation) -> None:
 def _training_table(record: Record, steps: int) -> Group:
     table = Table("head", "bits per byte", "top-1", "agrees with head 1", box=None)
     for depth, values in enumerate(zip(record["bits_per_byte"], record["top1"], record["agreement"], strict=True)):
-        table.add_row(f"t+{depth + 1}", *(f"{value:.3f}" for value in values))
+        table.add_row(f"t+{depth + 1}", *map(_shown, values))
     done = round(30 * record["step"] / steps)
     bar = Text("#" * done + "-" * (30 - done), "green")
     return Group(bar + Text(f" {_training_line(record, steps, heads=False)}"), table)
@@ -201,5 +200,9 @@ def _training_line(record: Record, steps: int, heads: bool = True) -> str:
     )
 
 
-def _per_head(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+def _per_head(values: list[float | None]) -> str:
+    return " ".join(_shown(value, 2) for value in values)
+
+
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"  # of texts too short to predict anything

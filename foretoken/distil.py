@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.loss import CHUNK_ELEMENTS, IGNORE, distinct
+from foretoken.loss import CHUNK_ELEMENTS, IGNORE, distinct, product_dtype
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def distil_loss(
     the unembedding that is head 1's too gets gradients; others do.
     """
     weights, which = distinct(weight, len(hidden))
-    device = weights[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
+    dtype = product_dtype(weights[0])
     teacher, *students = (h.to(dtype) for h in hidden)
     if not torch.is_grad_enabled():
         weights, students = [w.detach() for w in weights], [h.detach() for h in students]

@@ -1,7 +1,7 @@
 """`foretoken distil-data`: text that a model writes itself, to train heads on what they will have to foresee.
 
 Prompts are beginnings of lines of your text, with what precedes them; the record with seed + i depends on the model,
-prompt i and the options that stand in it alone, so a file that was interrupted is gone on with.
+prompt i and the options that stand in it alone, so a file that was interrupted, or is to hold more, is gone on with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from foretoken.bench import held_out_prompts
+from foretoken.bench import further_prompts
 from foretoken.chat import end_ids
 from foretoken.completion import Options, begin, generate
 from foretoken.display import Display
@@ -34,7 +34,7 @@ def distil_data(
     """
     if records < 1:
         raise ConfigError(f"records = {records} must be at least 1")
-    path, prompts = Path(out), held_out_prompts(texts, records, "the data")
+    path, prompts = Path(out), further_prompts(texts, records, "the data")
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
     begin(model, tokenizer, prompts, options)  # what is wrong with them is said before anything is written
     made = {"max_tokens": max_tokens, "temperature": temperature, "model": _fingerprint(model, tokenizer)}
@@ -49,7 +49,9 @@ def distil_data(
             display.progress(f"{start}/{records} records")
             options["seed"] = seed + start
             for answer in generate(model, tokenizer, prompts[start : start + batch_size], **options):
-                response, cut, _ = answer.text.partition("\ufffd")
+                before = tokenizer.encode(answer.prompt)  # where a text begins, some tokenizers drop its space
+                written = tokenizer.decode(before + answer.ids)[len(tokenizer.decode(before)) :]
+                response, cut, _ = written.partition("\ufffd")
                 record = {"prompt": answer.prompt, "response": response, "text": answer.prompt + response}
                 record |= {"finish_reason": "length" if cut else answer.finish_reason, "seed": answer.seed, **made}
                 file.write(json.dumps(record) + "\n")

@@ -28,7 +28,7 @@ from foretoken.errors import CheckpointError, ConfigError, DataError
 from foretoken.framing import scored
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, targets
 from foretoken.model import Model
-from foretoken.sources import Document, require_records, split_documents
+from foretoken.sources import Document, require_records, same_files, split_documents
 from foretoken.sources import documents as read_documents
 from foretoken.tokenizer import Tokenizer
 
@@ -95,15 +95,15 @@ def evaluation_documents(
 ) -> Iterator[Document]:
     """The documents to score a checkpoint on.
 
-    Without `sources`, or with those that it was trained on: what its training held out, or what else `split` names.
-    Other sources: the part `split` names, by default all. fields: of records, as `DataConfig` names them. Raises
-    DataError, and ConfigError, too, where there are fields and no records.
+    Without `sources`, or with those that it was trained on, spelled as they may be: what its training held out, or what
+    else `split` names. Other sources: the part `split` names, by default all. fields: of records, as `DataConfig` names
+    them. Raises DataError, and ConfigError, too, where there are fields and no records.
     """
     if split not in (None, "all", "train", "validation"):
         raise ConfigError(f"--split {split}: must be all, train or validation")
     recipe = recorded_recipe(checkpoint)
     trained_on = dict(recipe["data"]) if recipe else None
-    if trained_on and (not sources or (split != "all" and list(sources) == trained_on.get("source"))):
+    if trained_on and (not sources or (split != "all" and same_files(sources, trained_on.get("source", ())))):
         config = validated(DataConfig, trained_on | dict(fields or {}), "foretoken.json and options: data")
         split = split or "validation"
     elif sources:
@@ -112,7 +112,7 @@ def evaluation_documents(
         raise DataError(f"{checkpoint}: does not record what it was trained on; name the data to evaluate on")
     require_records(config, fields or {})
     if split in (None, "all"):
-        yield from read_documents(config, config.source)
+        yield from read_documents(config, (*config.source, *config.validation))
     else:
         yield from (document for document, part in split_documents(config) if part == split)
 

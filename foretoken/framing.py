@@ -31,7 +31,8 @@ def framed(tokenizer: Tokenizer, documents: Sequence[Document], dtype: str) -> l
     bos = np.array([tokenizer.bos_id] if tokenizer.adds_bos else [], dtype)
     eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
     plain = [document for document in documents if not document.messages]
-    texts = iter(_ids(tokenizer, [document.text for document in plain], dtype))
+    alone = iter(_ids(tokenizer, [document.text for document in plain if not document.prompt], dtype))
+    behind = iter(_ids(tokenizer, [document.text for document in plain if document.prompt], dtype, behind=True))
     prompts = iter(_ids(tokenizer, [document.prompt for document in plain], dtype))
     talks = [(document.name, document.messages) for document in documents if document.messages]
     chats = iter(chat_template(tokenizer).encode(talks) if talks else [])
@@ -41,7 +42,7 @@ def framed(tokenizer: Tokenizer, documents: Sequence[Document], dtype: str) -> l
             chat = next(chats)
             found.append(Framed(chat.ids.astype(dtype), *_without(chat.targets), chat.text_bytes))
         else:
-            prompt, text = next(prompts), next(texts)
+            prompt, text = next(prompts), next(behind if document.prompt else alone)
             masked = len(bos) + len(prompt) if document.prompt else 0
             ids = np.concatenate([bos, prompt, text, eos[:0] if document.cut else eos])
             found.append(Framed(ids, masked, [], len(utf8(document.text))))
@@ -58,7 +59,8 @@ def scored(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[bo
         is_text = chat.targets & ~np.isin(chat.ids, [*tokenizer.special_ids])
         return chat.ids.tolist(), is_text.tolist(), chat.text_bytes
     before = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.adds_bos else []
-    before, text = [*before, *tokenizer.encode(document.prompt)], tokenizer.encode(document.text)
+    before += tokenizer.encode(document.prompt)
+    (text,) = (tokenizer.encode_behind if document.prompt else tokenizer.encode_batch)([document.text])
     return before + text, [False] * len(before) + [True] * len(text), len(utf8(document.text))
 
 
@@ -68,7 +70,7 @@ def _without(targets: NDArray[np.bool_]) -> tuple[int, list[int]]:
     return masked, gaps[: len(gaps) // 2 * 2]  # without the end where it is a target
 
 
-def _ids(tokenizer: Tokenizer, texts: list[str], dtype: str) -> list[NDArray[Any]]:
+def _ids(tokenizer: Tokenizer, texts: list[str], dtype: str, behind: bool = False) -> list[NDArray[Any]]:
     if tokenizer.kind == "bytes":  # as encode_batch, without a Python integer per byte
         return [np.frombuffer(utf8(text), np.uint8).astype(dtype) for text in texts]
-    return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
+    return [np.array(ids, dtype) for ids in (tokenizer.encode_behind if behind else tokenizer.encode_batch)(texts)]

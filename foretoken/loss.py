@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foretoken.errors import ConfigError
+
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 26  # logits held at a time, whatever n, T and V are; on a GPU `ON_GPU` times as many
 ON_GPU = 4
@@ -77,12 +79,11 @@ def mtp_loss(
     hidden: n normalised states (B, T, D); weight: unembedding (V, D) of all heads, or n of them; labels (n, B, T) from
     `targets`; scales (n,) from `scales`. Gradients are computed while a chunk's logits are there, so nothing is
     computed twice and a weight has one gradient buffer for all its heads. Under autocast the products run in its type,
-    sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so many heads, the first; None:
-    of all that share it. Others always learn.
+    which must not be float16; sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so
+    many heads, the first; None: of all that share it. Others always learn.
     """
     weights, which = distinct(weight, len(hidden))
-    device = weights[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
+    dtype = product_dtype(weights[0])
     flat = [h.to(dtype).flatten(0, 1) for h in hidden]
     if not torch.is_grad_enabled():  # an autograd function cannot see this from inside
         weights, flat = [w.detach() for w in weights], [h.detach() for h in flat]
@@ -92,6 +93,16 @@ def mtp_loss(
     )
     predictions = predictions.view_as(labels)
     return LossOutput(total, sums, _correct(predictions, labels), predictions)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What products with `weight` run in. Raises ConfigError for float16 where there are gradients: they are made in
+    the forward, where a GradScaler's factor, which would keep them above its smallest number, is not known yet."""
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if dtype == torch.float16 and torch.is_grad_enabled():
+        raise ConfigError("float16 rounds this loss's gradients to 0; use bfloat16 (autocast, or bf16=True) or float32")
+    return dtype
 
 
 def per_head(weight: Tensor | Sequence[Tensor], n: int) -> list[Tensor]:

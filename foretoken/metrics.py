@@ -54,18 +54,17 @@ class Meter:
         self.positions += int(agreed.positions)
 
     def take(self, kind: str, step: int) -> Record:
-        """The record of everything added since the last one."""
+        """The record of everything added since the last one; a head with no target has None."""
         sums = {name: self.total(values) for name, values in self.sums.items()}
         positions = self.total(torch.tensor(self.positions))
-        count, pairs = sums["count"].clamp(min=1), sums["pairs"].clamp(min=1)
-        loss = sums["loss"] / count
+        loss, bits = sums["loss"], self.tokens_per_byte / math.log(2)
         record = {
             "kind": kind,
             "step": step,
-            "loss": loss.tolist(),
-            "bits_per_byte": (loss / math.log(2) * self.tokens_per_byte).tolist(),
-            "top1": (sums["correct"] / count).tolist(),
-            "agreement": (sums["agreed"] / pairs).tolist(),
+            "loss": _means(loss, sums["count"]),
+            "bits_per_byte": _means(loss * bits, sums["count"]),
+            "top1": _means(sums["correct"], sums["count"]),
+            "agreement": _means(sums["agreed"], sums["pairs"]),
             "count": sums["count"].long().tolist(),
             "predicted_tokens_per_step": predicted_tokens_per_step(sums["accepted"], positions),
         }
@@ -86,6 +85,10 @@ class Meter:
             raise CheckpointError("the training state's unlogged.json is not what training saved") from None
         if any(total.shape != (self.n,) for total in self.sums.values()):
             raise CheckpointError(f"the training state's unlogged.json is not of {self.n} heads")
+
+
+def _means(sums: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
+    return [value / count if count else None for value, count in zip(sums.tolist(), counts.tolist(), strict=True)]
 
 
 class MetricsLog:
@@ -179,7 +182,7 @@ def _flat(record: Record) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):
-            flat |= {f"{record['kind']}/{key}/head_{i + 1}": v for i, v in enumerate(value)}
+            flat |= {f"{record['kind']}/{key}/head_{i + 1}": v for i, v in enumerate(value) if v is not None}
         elif isinstance(value, int | float) and key != "step":
             flat[f"{record['kind']}/{key}"] = value
     return flat

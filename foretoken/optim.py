@@ -49,6 +49,9 @@ class Muon(torch.optim.Muon):
     torch runs the Newton-Schulz iteration matrix by matrix and always in bfloat16, which a CPU without bfloat16
     products emulates: for 105 matrices of a 7M-parameter model that took twice the time of the forward and backward.
     Here the iteration runs once per shape, in bfloat16 where the hardware multiplies it fast and in float32 elsewhere.
+
+    A matrix whose gradient is 0, such as a head's of loss weight 0, stays as it is: orthogonalised, what is left of its
+    momentum would be of full size in every step.
     """
 
     @torch.no_grad()
@@ -61,11 +64,12 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, same in shapes.items():
-                update = torch.stack([whole(self._momentum(p, group)) for p in same])
+                learns = [whole(p.grad.any()) for p in same if p.grad is not None]
+                update = torch.stack([whole(self._momentum(p, group)) * on for p, on in zip(same, learns, strict=True)])
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 tensors: list[Tensor] = list(same)
                 scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(tensors, [1 - group["lr"] * group["weight_decay"] * on for on in learns])
                 changes = [like(change, p) for change, p in zip(update.to(same[0].dtype), same, strict=True)]
                 torch._foreach_add_(tensors, changes, alpha=-scale)
 

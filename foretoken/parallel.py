@@ -75,9 +75,13 @@ def join_world(device: str) -> World:
     """Take part in the processes that were started together; device: cpu or cuda.
 
     Reads what torchrun sets, or SLURM: rank, number of processes, place among those of a machine, first one's address.
+    Raises ConfigError for several tasks of one srun without that address: each would train alone, all in one folder.
     """
     from_slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+    if "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
+        if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+            raise ConfigError(f"srun starts {tasks} tasks, but MASTER_ADDR is not set; export the first node's name")
+    elif "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in from_slurm.items()})
         os.environ.setdefault("MASTER_PORT", "29500")
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -211,7 +211,9 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
             value = None if field is None else record[field]
             if field is not None and field == config.messages_field:
                 messages = _messages(value, f"{where}: field '{field}'", config.errors)
-                value = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
+                value = "\n".join(
+                    message.get("content") or "" for message in messages if message["role"] == "assistant"
+                )
             elif is_text and field is not None:
                 if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
                     value = "\n\n".join(value)
@@ -220,8 +222,10 @@ def _record_documents(config: DataConfig, records: Iterable[tuple[str, Mapping[s
                 value = _without_surrogates(value, where, config.errors)
             values.append(None if value is None else str(value))
         prompt, text, domain, split = values
-        if text:
-            yield Document(text, where, prompt or "", domain, split, messages, record.get("finish_reason") == "length")
+        if text or messages:
+            yield Document(
+                text or "", where, prompt or "", domain, split, messages, record.get("finish_reason") == "length"
+            )
 
 
 def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any], ...]:
@@ -231,13 +235,16 @@ def _messages(value: object, where: str, errors: str) -> tuple[Mapping[str, Any]
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"{where}: message {number} is {_shown(message)}, not an object with role and content")
+        calls = message.get("role") == "assistant" and message.get("tool_calls")
         for key in ("role", "content"):
+            if calls and message.get(key) is None:
+                continue
             if key not in message:
                 has = ", ".join(sorted(message)) or "nothing"
                 raise DataError(f"{where}: message {number} has no '{key}'; it has {has}")
             if not isinstance(message[key], str):
                 raise DataError(f"{where}: message {number}: '{key}' is {_shown(message[key])}, not a text")
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not (calls or message["content"].strip()):
             raise DataError(f"{where}: message {number}: the assistant says nothing; leave the turn out")
     if all(message["role"] != "assistant" for message in value):
         roles = ", ".join(dict.fromkeys(message["role"] for message in value))
@@ -266,9 +273,9 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
     """Every document with its split, by the first rule that applies.
 
     split_field: records that say "train" train, all others validate (a text file says nothing and trains).
-    validation: its sources validate. Fewer than 20 documents, and no conversations: the last `validation_fraction` of
-    each validates, cut at a line's end where one is near. Else by SHA-256 of the text, so equal documents share a
-    split; should none fall to validation, the one with the lowest hash does.
+    validation: its sources validate. Fewer than 20 texts without prompts: the last `validation_fraction` of each
+    validates, cut at a line's end where one is near. Else, conversations among them, by SHA-256 of the text, so equal
+    documents share a split; should none fall to validation, the one with the lowest hash does.
     """
     source = documents(config, config.source)
     if config.split_field is not None:
@@ -279,20 +286,29 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Document, Split]]:
         yield from ((d, "validation") for d in documents(config, config.validation))
     else:
         first = list(itertools.islice(source, FEW_DOCUMENTS))
-        if len(first) < FEW_DOCUMENTS and config.messages_field is None:
+        if len(first) < FEW_DOCUMENTS and config.messages_field is config.prompt_field is None:
             yield from (part for d in first for part in _cut(d, config.validation_fraction))
         else:
             yield from _by_hash(itertools.chain(first, source), config.validation_fraction)
 
 
+def _files_of(sources: Sequence[str]) -> set[str]:
+    """The files of sources, resolved, and the names of data sets. Raises DataError for one without a file."""
+    files = (str(file.resolve()) for name in sources if not name.startswith("hf:") for file in source_files(name))
+    return {*files, *(name for name in sources if name.startswith("hf:"))}
+
+
+def same_files(sources: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether both hold the same files and data sets; not where one of them is there no more."""
+    try:
+        return _files_of(sources) == _files_of(others)
+    except DataError:
+        return False
+
+
 def _require_apart(source: Sequence[str], validation: Sequence[str]) -> None:
     """Raises ConfigError where a source to validate on is one to train on, too."""
-
-    def held(names: Sequence[str]) -> set[str]:
-        files = (str(file.resolve()) for name in names if not name.startswith("hf:") for file in source_files(name))
-        return {*files, *(name for name in names if name.startswith("hf:"))}
-
-    if both := sorted(held(source) & held(validation)):
+    if both := sorted(_files_of(source) & _files_of(validation)):
         raise ConfigError(
             f"data.validation: {both[0]} is in data.source, too; name there what is to be trained on alone"
         )
@@ -305,9 +321,9 @@ def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, Split]
     if line and len(text) - line <= 2 * (len(text) - cut):
         cut = line
     if cut > 0:
-        yield replace(document, text=text[:cut]), "train"
+        yield replace(document, text=text[:cut], cut=document.cut or cut < len(text)), "train"
     if cut < len(text):
-        yield replace(document, text=text[cut:], prompt="" if cut > 0 else document.prompt), "validation"
+        yield replace(document, text=text[cut:]), "validation"
 
 
 def _by_hash(source: Iterable[Document], fraction: float) -> Iterator[tuple[Document, Split]]:

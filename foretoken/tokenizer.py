@@ -29,6 +29,7 @@ _USUAL_NAMES = {
     "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
     "pad": ("<|pad|>", "<pad>", "[PAD]"),
 }
+_LEAD = "\0"  # no token of a text begins with it
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -68,6 +69,19 @@ class Tokenizer:
             utf8(text)
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
+
+    def encode_behind(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of texts that each stand behind another one, so that no space is put in front of them."""
+        lead = self._lead
+        found = self.encode_batch([_LEAD + text for text in texts] if lead else texts)
+        pairs = zip(found, texts, strict=True)
+        return [ids[len(lead) :] if ids[: len(lead)] == lead else self.encode(text) for ids, text in pairs]
+
+    @cached_property
+    def _lead(self) -> list[int]:
+        """Ids of _LEAD where a text alone gets a space in front, as SentencePiece has it; else none."""
+        lead = self.encode(_LEAD)
+        return lead if self.encode(_LEAD + "x")[len(lead) :] != self.encode("x") else []
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""

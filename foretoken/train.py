@@ -76,25 +76,25 @@ def train(
     provenance = partial(Provenance, recipe.model_dump(mode="json"), batches.tokens.fingerprint)
     size = sum(p.numel() for p in model.parameters())
     report({"kind": "start", "step": step, "steps": config.steps, "parameters": size})
-    began, first = time.perf_counter(), step
-    marked, marked_step = began, step  # when the last record was made
+    began, first, spent, marked_step = time.perf_counter(), step, 0.0, step  # spent: in updates, since the last record
     log, saver = MetricsLog(run, step, recipe, report, not world.first), Saver(run, config, tokenizer, world)
     with explained(run, config, world), log, _stop_signals() as stop, saver:
         while True:
+            before = time.perf_counter()
             norm = _update(model, optimizers, batches, step, recipe, meter, world)
-            step += 1
+            step, spent = step + 1, spent + time.perf_counter() - before
             finished, stopped = step == config.steps, world.any(bool(stop) or saver.failed)
             if finished or step % config.log_every == 0:
                 now, per_step = time.perf_counter(), config.batch_size * config.seq_len
                 last = meter.take("train", step) | {
                     "learning_rate": optim.learning_rate_ratio(step - 1, config.steps, recipe.optim) * recipe.optim.lr,
                     "gradient_norm": norm,
-                    "tokens_per_second": (step - marked_step) * per_step / (now - marked),
+                    "tokens_per_second": (step - marked_step) * per_step / spent,
                     "seconds": now - began,
                     "seconds_left": (config.steps - step) * (now - began) / (step - first),
                 }
                 log.write(last)
-                marked, marked_step = time.perf_counter(), step
+                spent, marked_step = 0.0, step
             if finished or (config.eval_every and step % config.eval_every == 0):
                 validation = _validate(model, held_out, recipe, step)
                 log.write(validation)

@@ -108,6 +108,32 @@ def test_mistakes() -> None:
         attach_heads(transformers.GPT2LMHeadModel(config), 2)
 
 
+def test_adapters_are_to_be_merged_first(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = attach_heads(theirs("llama"), 2)
+    model.model.add_adapter(adapters)
+    for refused in (lambda: model.save(tmp_path / "saved", byte_tokenizer()), lambda: attach_heads(model.model, 2)):
+        with pytest.raises(ConfigError, match="the model holds adapters of peft; merge them into its weights first"):
+            refused()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for on in (False, True):
+        model = attach_heads(theirs("llama"), 2).train()
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sum(state.sum() for state in model(torch.arange(12)[None])).backward()
+        assert model.model.is_gradient_checkpointing == on
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) > 20
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    model.gradient_checkpointing_disable()
+    assert not model.model.is_gradient_checkpointing
+
+
 def test_tokenizers_of_any_kind(tmp_path: Path) -> None:
     model = attach_heads(theirs("llama"), 2)
     byte_tokenizer().save(tmp_path / "bytes", model_max_length=128)

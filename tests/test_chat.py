@@ -224,6 +224,20 @@ def config(tmp_path: Path, source: Path, **fields: Any) -> DataConfig:
     return DataConfig(source=(str(source),), cache_dir=cache, **{"messages_field": "messages", **fields})
 
 
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+def test_a_turn_may_be_a_call_alone(content: dict[str, Any], tmp_path: Path) -> None:
+    """Rendered as transformers does it, and the call is learned."""
+    call = {"role": "assistant", **content, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    tokenizer = STYLES["chatml with tools"].tokenizer
+    template = tokenizer.chat_template.replace("+ message.content }}", "+ (message.content or '') }}")
+    tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    settings_ = config(tmp_path, write(tmp_path / "a.jsonl", [[SHORT[0], call]]))
+    (document,) = documents(settings_, settings_.source)
+    (chat,) = ChatTemplate(tokenizer).encode([("a", document.messages)])
+    assert chat.ids.tolist() == in_transformers(tokenizer).apply_chat_template([SHORT[0], call])["input_ids"]
+    assert "<tool_call>" in tokenizer.decode(chat.ids[chat.targets].tolist())
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "none": (None, " is null, not a list of messages with role and content"),
     "empty": ([], r" is \[\], not a list"),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import foretoken
 from foretoken import checkpoint as checkpoints
-from foretoken.checkpoint import describe, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from foretoken.checkpoint import describe, find_checkpoint, load_checkpoint, load_model, prune, save_checkpoint
 from foretoken.errors import CheckpointError, ForetokenError
 from foretoken.formats import safetensors as files
 from foretoken.model import Model
@@ -147,6 +148,16 @@ def test_tensors_are_those_of_the_heads(tmp_path: Path) -> None:
 def test_tied_unembedding_is_stored_once(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", small(tie_word_embeddings=True), byte_tokenizer())
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_a_tied_unembedding_in_the_file_must_be_the_embedding(tmp_path: Path) -> None:
+    for name, change, says in (("copy", 0.0, None), ("other", 1.0, "'lm_head.weight' is not the embedding, though")):
+        file = save_checkpoint(tmp_path / name, small(tie_word_embeddings=True), byte_tokenizer()) / "model.safetensors"
+        (tmp_path / name / "foretoken.json").unlink()
+        weights = load_file(file)
+        save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + change}, file)
+        with nullcontext() if says is None else pytest.raises(CheckpointError, match=says):
+            load_model(tmp_path / name, None)
 
 
 def test_config_of_the_heads_is_a_drafters(saved: Path) -> None:
@@ -283,6 +294,18 @@ def test_directory_that_transformers_saved(transformers: Any, tmp_path: Path, ar
         first.unlink()
         with pytest.raises(CheckpointError, match=f"{first.name}: missing"):
             load_checkpoint(tmp_path / "model")
+
+
+def test_a_tokenizer_of_more_tokens_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model: tokenizer of 260 tokens beside a model of 250"):
+        save_checkpoint(tmp_path / "model", small(vocab=250), byte_tokenizer())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_single_file_goes_before_an_index(saved: Path) -> None:
+    """As in transformers, where the shards were merged and the index was left."""
+    (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    load_model(saved, None)
 
 
 def test_larger_embedding_than_tokenizer_is_anothers_right(transformers: Any, tmp_path: Path) -> None:
@@ -427,7 +450,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "theta that is a word": (CONFIG, keys(rope_parameters=..., rope_theta="many"), "rope_theta"),
     "index without a map": (
         "model.safetensors.index.json",
-        write("{}"),
+        lambda path: (path.write_text("{}"), path.with_name(MAIN).unlink()),
         "index.json: not an index of safetensors files",
     ),
     "provenance": (OWN, write("?"), "foretoken.json: not JSON"),

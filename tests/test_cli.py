@@ -185,6 +185,10 @@ def test_train_json(run: Run, corpus: Path, tmp_path: Path) -> None:
     assert "Training 0.1M parameters for 3 steps" in done.errors
 
 
+def test_train_from_a_path_of_any_letters(run: Run, tmp_path: Path) -> None:
+    wrong(run("train", "retrofit", "--from", tmp_path / "é😀", "--out", tmp_path / "run"), "é😀: no such directory")
+
+
 def test_train_tokenizer_json(run: Run, corpus: Path, tmp_path: Path) -> None:
     done = run("train-tokenizer", corpus / "text", "--vocab-size", 270, "--out", tmp_path / "bpe", "--json")
     assert done.json == {"tokenizer": str(tmp_path / "bpe"), "vocab_size": 270}
@@ -358,6 +362,7 @@ TRAIN_CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "source that is not there": (["--set", 'data.source=["/none/*.txt"]'], ["'/none/*.txt' matches no file"]),
     "seq_len": (["--set", "train.seq_len=9000"], ["train split: corpus has", "one window needs 9003"]),
+    "infinite": (["--set", "optim.clip=inf"], ["optim.clip: Input should be a finite number"]),
     "seed": (["--set", f"train.seed={2**63}"], ["train.seed: Input should be less than 9223372036854775808"]),
     "precision": (["--set", "train.precision=float8"], ["train.precision", '(got "float8")']),
     "resume of nothing": (["--resume"], ["no run that could be resumed"]),

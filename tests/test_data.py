@@ -256,6 +256,18 @@ def test_few_documents_are_cut_at_a_line(tmp_path: Path) -> None:
     assert len(splits(config(tmp_path, many(tmp_path, 20)))[0]) < 20
 
 
+def test_a_cut_teaches_no_end_and_a_response_is_never_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("b" * 100)
+    few = config(tmp_path, tmp_path / "a.txt", validation_fraction=0.1)
+    ends = [prepare(few, BYTES, split).document(0)[-1] for split in ("train", "validation")]
+    assert ends == [ord("b"), BYTES.eos_id]
+    path = write_lines(tmp_path / "a.jsonl", [{"p": f"{i}", "r": f"{i}" * 100} for i in range(9)])
+    train, validation = splits(config(tmp_path, path, prompt_field="p", response_field="r"))
+    assert sorted(train + validation) == [f"{i}" * 100 for i in range(9)]
+    assert train
+    assert validation
+
+
 # ------------------------------------------------------------------------------------------------ shards
 
 

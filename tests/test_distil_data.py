@@ -9,12 +9,15 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_cli import Run, run, wrong  # noqa: F401 - a fixture
+from tokenizer_twins import sentencepiece
 
 from foretoken.checkpoint import load_checkpoint, load_model, save_checkpoint
 from foretoken.completion import generate
 from foretoken.config import DataConfig
 from foretoken.data import prepare
+from foretoken.framing import framed, scored
 from foretoken.recipe import load_recipe
+from foretoken.sources import Document
 from foretoken.tokenizer import byte_tokenizer
 from foretoken.train import train
 
@@ -59,6 +62,9 @@ def test_interrupted_it_is_the_same_file(run: Run, model: Path, text: Path, tmp_
     assert run(*command(model, text, parts, 7), "--json").json["written"] == 4
     assert parts.read_text() == whole.read_text()
     assert run(*command(model, text, parts, 7), "--json").json["written"] == 0
+    run(*command(model, text, tmp_path / "few.jsonl", 3))
+    assert run(*command(model, text, tmp_path / "few.jsonl", 7), "--json").json["written"] == 4
+    assert (tmp_path / "few.jsonl").read_text() == whole.read_text()  # nor on how many there were to be at first
     records = [json.loads(line) for line in lines]
     assert all(record["text"] == record["prompt"] + record["response"] for record in records)
     assert [record["seed"] for record in records] == list(range(7))
@@ -96,14 +102,36 @@ def test_a_response_that_the_limit_cut_teaches_no_end(run: Run, model: Path, tex
         assert (document[-1] == tokenizer.eos_id) == (end == "stop")
 
 
+def test_a_response_is_learned_as_it_was_written(run: Run, text: Path, tmp_path: Path) -> None:  # noqa: F811
+    """By a tokenizer that puts a space in front of a text, and takes it away where a text begins."""
+    tokenizer = sentencepiece([text.read_text()] * 3, 300)
+    tiny = tiny_model(vocab=tokenizer.vocab_size, dtype=torch.float32, peaked=False, seed=3)
+    with torch.no_grad():
+        tiny.embed_tokens.weight[:, 0], tiny.norm.weight[0] = 5, 1
+        tiny.lm_head.weight[:, 0] = 0
+        tiny.lm_head.weight[:259, 0] = -20  # writes no bytes
+    save_checkpoint(tmp_path / "model", tiny, tokenizer)
+    run(*command(tmp_path / "model", text, tmp_path / "own.jsonl", 12))
+    spaces = 0
+    for record in map(json.loads, (tmp_path / "own.jsonl").read_text().splitlines()):
+        ids = generate(tiny, tokenizer, record["prompt"], max_tokens=8, temperature=1.0, seed=record["seed"]).ids
+        assert record["text"] == tokenizer.decode(tokenizer.encode(record["prompt"]) + ids)
+        document = Document(record["response"], "own", record["prompt"], cut=True)
+        (learned,) = framed(tokenizer, [document], "<u4")
+        assert tokenizer.decode(learned.ids.tolist()) == record["text"]
+        assert scored(tokenizer, document)[0] == learned.ids.tolist()
+        spaces += record["response"].startswith(" ")
+    assert 0 < spaces < 12
+
+
 def test_heads_learn_from_it(run: Run, model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "own.jsonl"
     run(*command(model, text, out, 40))
     sets = (
         f"model.start_from={model}", f'data.source=["{out}"]',
         "data.prompt_field=prompt", "data.response_field=response",
-        f"data.cache_dir={tmp_path}/cache", "data.validation_fraction=0.2", "train.steps=2", "train.batch_size=2",
-        "train.seq_len=32", "train.eval_windows=2", "train.precision=float32",
+        f"data.cache_dir={tmp_path}/cache", "data.validation_fraction=0.2", "train.steps=2", "train.batch_size=4",
+        "train.seq_len=192", "train.eval_windows=2", "train.precision=float32",
     )  # fmt: skip
     train(load_recipe("retrofit", sets), tmp_path / "run")
     assert load_model(tmp_path / "run", None).config.n_future == 4

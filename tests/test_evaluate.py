@@ -463,3 +463,11 @@ def test_the_data_of_training_keeps_its_split(corpus: Path, tmp_path: Path) -> N
     for split, texts in (("validation", held_out), (None, held_out), ("train", learnt)):
         assert [d.text for d in evaluation_documents(tmp_path / "run", wanted.data.source, split)] == texts
     assert len([*evaluation_documents(tmp_path / "run", wanted.data.source, "all")]) == 12
+    for spelled in (f"{corpus}/text/", f"{corpus}/./text", f"{corpus}/text/*.py"):
+        assert [d.text for d in evaluation_documents(tmp_path / "run", [spelled])] == held_out
+
+
+def test_all_of_a_run_s_data_is_what_it_validates_on_too(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "apart.txt").write_text("An apart text of more than sixteen letters, held out. " * 4)
+    train(recipe(corpus, "train.steps=1", f'data.validation=["{tmp_path}/apart.txt"]'), tmp_path / "run")
+    assert len([*evaluation_documents(tmp_path / "run", split="all")]) == 13

@@ -377,6 +377,13 @@ FAST_LLM: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], st
 }
 
 
+def test_a_tied_fast_llm_with_another_unembedding(tmp_path: Path) -> None:
+    weights, config = fast_llm_reference.random_weights(2, True)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    folder = fast_llm_reference.write(tmp_path / "model", weights, config)
+    refused(lambda: import_fast_llm(folder, tmp_path / "out"), folder, "'lm_head.weight' is not the embedding, though")
+
+
 @pytest.mark.parametrize("case", FAST_LLM)
 def test_wrong_fast_llm(tmp_path: Path, case: str) -> None:
     weights, config = fast_llm_reference.random_weights(3)

@@ -17,6 +17,7 @@ from invariants import Batch, close, loss_is_oracle, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretoken import loss
+from foretoken.errors import ConfigError
 from foretoken.loss import IGNORE, agreement, mtp_loss, oracle_loss, scales, sequential_backward, targets, valid_counts
 
 X = IGNORE
@@ -347,3 +348,13 @@ def test_agreement_equals_loops(seed: int, n: int, T: int) -> None:
     found = agreement(torch.tensor(first), batch.document_ids)
     assert (found.agreed.tolist(), found.count.tolist()) == (agreed, count)
     assert (found.accepted.tolist(), int(found.positions)) == (accepted, positions)
+
+
+def test_gradients_in_float16_are_refused() -> None:
+    hidden, weight = [torch.ones(1, 4, 8, requires_grad=True)], torch.ones(5, 8, requires_grad=True)
+    labels = torch.zeros(1, 1, 4, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        with pytest.raises(ConfigError, match="float16 rounds this loss's gradients to 0; use bfloat16"):
+            mtp_loss(hidden, weight, labels, torch.ones(1))
+        with torch.no_grad():
+            assert mtp_loss(hidden, weight, labels, torch.ones(1)).sums.isfinite().all()

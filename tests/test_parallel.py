@@ -16,8 +16,9 @@ import torch
 from small_runs import overrides, recipe, weights
 
 from foretoken.checkpoint import load_model, newest_step, step_checkpoints
+from foretoken.errors import ConfigError
 from foretoken.files import read_json
-from foretoken.parallel import ALONE, like, whole
+from foretoken.parallel import ALONE, join_world, like, whole
 from foretoken.train import train
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -144,6 +145,17 @@ def test_out_of_memory_and_a_full_disk_in_one_process(corpus: Path, tmp_path: Pa
     assert train(recipe(corpus, *STEPS), out, resume=True).finished
     train(recipe(corpus, *STEPS), tmp_path / "one")
     close_runs(out, tmp_path / "one")
+
+
+def test_slurm_s_tasks_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="srun starts 2 tasks, but MASTER_ADDR is not set"):
+        join_world("cpu")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # in a batch script itself there is one process
+    assert join_world("cpu").size == 1
 
 
 def test_rows_that_do_not_divide(corpus: Path, tmp_path: Path) -> None:

@@ -291,6 +291,10 @@ MISTAKES = {
         ["model.n_future=1", "model.frozen=false", "loss.soft=0", "loss.head_gradients=[]"],
         "loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none",
     ),
+    "gradients of offsets": (
+        ["model.n_future=1", "model.frozen=false", "loss.soft=0", "loss.offsets=[1, 2]", "loss.head_gradients=[]"],
+        "loss.head_gradients is of the losses of heads 2..n, and n_future = 1 has none",
+    ),
 }
 
 
@@ -314,7 +318,6 @@ def test_keys_that_do_something() -> None:
             "loss.soft=0",
             'loss.head_gradients=["embedding", "unembedding", "trunk"]',
         ),
-        ("model.n_future=1", "model.frozen=false", "loss.soft=0", "loss.offsets=[1, 2]", "loss.head_gradients=[]"),
     )
     for sets in overrides:
         load_recipe("retrofit", ("model.start_from=x", *sets))

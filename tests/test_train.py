@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from foretoken import train as training
 from foretoken.checkpoint import load_checkpoint, step_checkpoints
 from foretoken.config import LossConfig, OptimConfig
 from foretoken.data import prepare
+from foretoken.display import Display, _training_table
 from foretoken.errors import CheckpointError, ConfigError, DataError, TrainingError
 from foretoken.model import Model
 from foretoken.tokenizer import byte_tokenizer
@@ -105,14 +107,50 @@ def test_every_head_and_the_trunk_change_after_a_step(corpus: Path, tmp_path: Pa
 
 
 def test_bits_per_byte_are_the_loss_in_bits_for_the_bytes_of_text(corpus: Path, tmp_path: Path) -> None:
-    """A document of b bytes is b + 2 tokens, bos and eos; the mean loss is of all that have one before them."""
+    """A document of b bytes is b + 2 tokens, bos and eos (none where it is cut, as the training part is here); the mean
+    loss is of all that have one before them."""
     train(recipe(corpus, "train.steps=2"), tmp_path / "run")
     for record, split in zip(records(tmp_path / "run"), ("train", "validation"), strict=True):
         tokens = prepare(recipe(corpus).data, byte_tokenizer(), split)
         ratio = (tokens.total - tokens.documents) / sum(tokens.text_bytes(i) for i in range(tokens.documents))
-        assert 1 < ratio < 1.2
+        assert ratio == 1 if split == "train" else 1 < ratio < 1.2
         for loss, bits in zip(record["loss"], record["bits_per_byte"], strict=True):
             assert bits == pytest.approx(loss / math.log(2) * ratio)
+
+
+def test_tokens_per_second_are_of_training_alone(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step takes 2 seconds, an evaluation 10."""
+    clock = [0.0]
+
+    def timed(real: Callable[..., Any], takes: float, *given: Any) -> Any:
+        clock[0] += takes
+        return real(*given)
+
+    monkeypatch.setattr(training, "_update", partial(timed, training._update, 2.0))
+    monkeypatch.setattr(training, "_validate", partial(timed, training._validate, 10.0))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    lines: list[dict[str, Any]] = []
+    wanted = recipe(corpus, "train.steps=4", "train.log_every=2", "train.eval_every=1")
+    train(wanted, tmp_path / "run", report=lines.append)
+    per_step = wanted.train.batch_size * wanted.train.seq_len
+    assert [line["tokens_per_second"] for line in lines if line["kind"] == "train"] == [per_step / 2] * 2
+
+
+def test_a_head_without_targets_has_no_figures(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where texts are shorter than it looks ahead; shown as a dash."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{chr(97 + i)}"}}\n' for i in range(26)))
+    wanted = recipe(corpus, "train.steps=1", "train.seq_len=8", f'data.source=["{tmp_path}/a.jsonl"]')
+    with Display() as display:
+        train(wanted, tmp_path / "run", report=display.record)
+    step, held_out = records(tmp_path / "run")
+    for record in (step, held_out):
+        assert record["count"][2] == 0 < record["count"][1]
+        assert [record[name][2] for name in ("loss", "bits_per_byte", "top1", "agreement")] == [None] * 4
+    assert " - bits per byte" in capsys.readouterr().err
+    display.out.print(_training_table(step | {"seconds_left": 0, "tokens_per_second": 1}, 1))
+    assert ["t+3", "-", "-", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_logged_losses_are_means_over_the_steps_since_the_last_record(corpus: Path, tmp_path: Path) -> None:
@@ -488,6 +526,19 @@ def test_muon_is_torchs(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None
         moved = (b - before).norm()
         assert moved > 0.1
         assert (a - b).norm() < 0.02 * moved
+
+
+def test_muon_leaves_what_has_no_gradient() -> None:
+    """Of two matrices of a shape, one with momentum from before: a head whose loss weight has become 0."""
+    both = [torch.nn.Parameter(torch.eye(8)) for _ in range(2)]
+    muon = optim.Muon([{"params": both, "peak_lr": 0.02}], lr=0.02, weight_decay=0.1)
+    for p in both:
+        p.grad = torch.ones(8, 8)
+    muon.step()
+    before = [p.detach().clone() for p in both]
+    both[1].grad = torch.zeros(8, 8)
+    muon.step()
+    assert [torch.equal(p, q) for p, q in zip(both, before, strict=True)] == [False, True]
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 8), (2, 8, 20), (1, 12, 12)])

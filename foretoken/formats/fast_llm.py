@@ -15,7 +15,7 @@ from foretoken.errors import CheckpointError, ConfigError
 from foretoken.files import read_json
 from foretoken.formats import hf
 from foretoken.formats.importing import Progress, by_our_names, import_tensors
-from foretoken.formats.safetensors import Stored, stored_tensors
+from foretoken.formats.safetensors import Stored, check_tied, stored_tensors
 from foretoken.formats.sentencepiece import load_sentencepiece
 from foretoken.tokenizer import load as load_tokenizer
 
@@ -43,6 +43,8 @@ def import_fast_llm(directory: str | Path, out: str | Path, progress: Progress =
         raise CheckpointError(f"{folder}: tokenizer of {words.vocab_size} tokens beside a model of {config.vocab_size}")
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
     state = by_our_names(stored, lambda name: _theirs(name, config), config, str(folder), ignored)
+    if config.tie_word_embeddings and (copy := stored.get("lm_head.weight")):
+        check_tied(folder, "lm_head.weight", copy.read(), state["embed_tokens.weight"].read())
     origin = {"format": "fast-llm", "path": str(folder)}
     return import_tensors(out, config, state, words, origin, progress)
 

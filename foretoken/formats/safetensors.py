@@ -1,4 +1,4 @@
-"""Safetensors files: written with their digest, read strictly. A set of shards beside an index reads as one file.
+"""Safetensors files: written with their digest, read strictly. Shards beside an index read as one file.
 
 Files are written tensor by tensor, so that none but the one being written need be in memory.
 """
@@ -79,18 +79,32 @@ def _data(tensor: Tensor | Stored) -> memoryview:
 
 
 def read_tensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], digests: Mapping[str, str], ignored: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """The tensors of FILE in `folder`, or of the shards that its index names: exactly those in `shapes`.
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], digests: Mapping[str, str], ignored: tuple[str, ...] = (),
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of FILE in `folder`, else of the shards that its index names: exactly those in `shapes`.
 
     digests: SHA-256 by file name, of the files that have one on record. ignored: endings of further names that may be
-    there and are left out. Raises CheckpointError for anything missing, extra, of another shape or not as recorded.
+    there and are left out. tied: further names that may be there, too, as copies of others. Raises CheckpointError for
+    anything missing, extra, of another shape or not as recorded, and for a copy that differs.
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
         tensors |= read_file(path, digests.get(path.name), ignored)
+    copies = {name: tensors.pop(name) for name in tied or {} if name in tensors}
     check_tensors(folder, tensors, shapes)
+    for name, copy in copies.items():
+        check_tied(folder, name, copy, tensors[(tied or {})[name]])
     return tensors
+
+
+def check_tied(where: Path, name: str, copy: Tensor, embedding: Tensor) -> None:
+    """Raises CheckpointError where a tied unembedding is no copy of the embedding: one of the two would be lost."""
+    if not torch.equal(copy.double(), embedding.double()):
+        raise CheckpointError(
+            f"{where}: tensor '{name}' is not the embedding, though config.json ties them; "
+            "set tie_word_embeddings = false there, or take the tensor out"
+        )
 
 
 def check_tensors(where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,7 +129,7 @@ def read_file(path: Path, digest: str | None, ignored: tuple[str, ...] = ()) -> 
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of FILE in `folder`, or of the shards that its index names, none of them read yet.
+    """All tensors of FILE in `folder`, else of the shards that its index names, none of them read yet.
 
     Raises CheckpointError for a file that is missing or incomplete, and for types that are not PyTorch's own.
     """
@@ -160,7 +174,7 @@ def sha256(path: Path) -> str:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / f"{FILE}.index.json"
-    if not index.exists():
+    if (folder / FILE).exists() or not index.exists():  # FILE goes first, as in transformers
         return [folder / FILE]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
