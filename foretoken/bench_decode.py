@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def bandwidth(device: str) -> float:
-    """Memory bandwidth in GB/s: sums of 16 rows of float32 numbers (256 MiB, of a GPU 4 GiB), the best of ten readings."""
+    """Memory bandwidth in GB/s: sums of 16 rows of float32 (256 MiB, of a GPU 4 GiB), the best of ten readings."""
     numbers = torch.ones(16, 1 << (26 if device == "cuda" else 22), device=device)
     seconds = []
     for _ in range(10):
