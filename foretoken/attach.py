@@ -68,7 +68,7 @@ class WithHeads(nn.Module):
 
         def context_at(depth: int) -> Context:
             positions = torch.arange(depth - 1, depth - 1 + T, device=tokens.device)[None]
-            return Context(*self.rotary(positions, torch.float32))
+            return Context(*self.rotary(positions))
 
         states = self.heads.rest(z, z, lambda depth: F.embedding(further[:, depth : depth + T], table), context_at)
         return [out.last_hidden_state, *(base.norm(state) for state in states)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of `blocks` transformer blocks for B rows of at most `capacity` positions each.
+    """Keys and values, each of shape (blocks, rows, key/value heads, positions a row can hold, head width).
 
     All rows are in use at first; `select` gives some up, and `vacant` and `join` take one again. memory: of an earlier
     cache of this shape, whatever lies there.
@@ -23,21 +23,16 @@ class KVCache:
 
     def __init__(
         self,
-        blocks: int,
-        rows: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        shape = (blocks, rows, kv_heads, capacity, head_dim)
         if memory is None:
             memory = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         assert all(side.shape == shape and side.dtype == dtype for side in memory)
         self.keys, self.values = memory
-        self.lengths = [0] * rows
+        self.lengths = [0] * shape[1]
 
     @property
     def capacity(self) -> int:

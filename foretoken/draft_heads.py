@@ -122,7 +122,7 @@ class DeepSeekDrafter(Drafter):
         block = model.heads.at(depth)
         embedded = F.embedding(text.gather(1, positions + depth), model.embed_tokens.weight)
         x = block.join(embedded, states.to(embedded.dtype))
-        context = Context(*model.rotary(positions, torch.float32))
+        context = Context(*model.rotary(positions))
         q, k, v = block.self_attn.project(block.input_layernorm(x), context)
         keys, values = window.write(depth - 1, k.transpose(1, 2)[None], v.transpose(1, 2)[None], positions)
         visible = torch.arange(keys.size(3), device=x.device) <= positions[:, :, None]  # (B, W, S)

@@ -25,14 +25,16 @@ class Places:
     """Where the tokens (B, T) of a step stand: rotary positions and slots of each, what rows hold, what nodes see."""
 
     def __init__(
-        self, tables: tuple[Tensor, Tensor], positions: Tensor, slots: Tensor, lengths: Tensor, seen: Tensor
-    ) -> None:
+        self, tables: tuple[Tensor, Tensor], positions: Tensor, slots: Tensor, lengths: Tensor, seen: Tensor,
+        window: Window,
+    ) -> None:  # fmt: skip
+        self.window = window
         self.cos, self.sin = tables  # (positions, H), float32
         self.positions, self.slots = positions.reshape(-1).contiguous(), slots.reshape(-1).contiguous()
         self.lengths, self.seen = lengths.contiguous(), seen.contiguous()  # (B), and words (T) of ancestors' bits
 
 
-def run(stack: BlockStack, inputs: Tensor, x: Tensor, places: Places, window: Window, block: int) -> Tensor:
+def run(stack: BlockStack, inputs: Tensor, x: Tensor, places: Places, block: int) -> Tensor:
     """What attention reads (m, B, T, its width) and the residual x (m, B, T, D), which is overwritten -> x.
 
     As `BlockStack` does, whose caches are blocks `block`.. of the window.
@@ -44,6 +46,7 @@ def run(stack: BlockStack, inputs: Tensor, x: Tensor, places: Places, window: Wi
     if stack.qkv_bias is not None:
         qkv += stack.qkv_bias[:m]
     q = torch.empty(m, B, heads, T, H, dtype=x.dtype, device=x.device)
+    window = places.window
     keys, values = window.keys[block : block + m], window.values[block : block + m]
     norms = stack.qk_norm
     _place[(rows, heads + 2 * kv_heads, m)](

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretoken.cache import KVCache, Window
-from foretoken.layers import BlockStack, Context, SequentialStack, grouped_mask
+from foretoken.layers import At, BlockStack, Context, Parts, grouped_mask
 from foretoken.sampling import Keys, Sampling, filtered, rejection, widened
 from foretoken.tree import Tree, chain
 
@@ -55,31 +54,13 @@ class Shape(NamedTuple):
     draft_vocab: int | None = None
 
 
-@dataclass(frozen=True)
-class _At:
-    """Where a step's tokens stand in a cache, for blocks in PyTorch or for the kernels."""
-
-    window: Window
-    slots: Tensor  # (B, T)
-    context: Context | None
-    places: gpu.Places | None
-
-
 class Graphs:
-    """Steps of one model. `ends` are its embedding, unembedding and final norm's weights."""
+    """Steps of one model."""
 
-    def __init__(
-        self,
-        ends: tuple[Tensor, Tensor, Tensor],
-        trunk: Sequence[BlockStack],
-        heads: BlockStack,
-        drafter: SequentialStack | None,
-        eps: float,
-    ) -> None:
-        self.embedding, self.unembedding, self.norm = ends
-        self.trunk, self.heads, self.drafter, self.eps = trunk, heads, drafter, eps
+    def __init__(self, parts: Parts) -> None:
+        self.embedding, self.unembedding, self.norm, self.eps, self.trunk, self.heads, self.drafter = parts
         self.device = self.embedding.device
-        self.kernels: Any = _kernels(self.embedding, trunk[0] if trunk else heads)
+        self.kernels: Any = _kernels(self.embedding, self.trunk[0] if self.trunk else self.heads)
         self.tables: tuple[Tensor, Tensor] | None = None
         self.captured: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
@@ -106,7 +87,7 @@ class Graphs:
         assert need <= cache.capacity, "cache is full"
         slots = cache.capacity if self.kernels else min(bucket(need), cache.capacity)
         rows = min(1 << (B - 1).bit_length(), cache.keys.size(1))
-        rejects = keys.rejection and proposed is not None
+        rejects = keys.sampling.rejects and proposed is not None
         shape = Shape(rows, T, slots, drafts, ranks, keys.sampling, tree is not None, rejects, draft_vocab)
         tree = chain(T - 1) if tree is None else tree
         each = zip(tokens, cache.lengths, behind, keys.seeds, keys.positions, strict=True)
@@ -174,7 +155,7 @@ class Graphs:
             else:
                 candidates, laws = self._sequential(shape, ahead, drafts_cache, picked, z, behind, right)
             found.append(candidates.flatten(1))
-            law = filtered(laws, shape.sampling) if keys.rejection else None
+            law = filtered(laws, shape.sampling) if keys.sampling.rejects else None
         return torch.cat((*found, logprobs.view(torch.int64)), 1), law
 
     def _forward(
@@ -188,7 +169,7 @@ class Graphs:
         used = 1 if self.drafter is not None else min(shape.drafts + 1, self.heads.m)
         return self._blocks(self.heads, x.repeat(used, 1, 1, 1) if self.kernels else x, at, len(self.trunk), used), x[0]
 
-    def _at(self, shape: Shape, cache: KVCache, lengths: Tensor, seen: Tensor, depths: Tensor) -> _At:
+    def _at(self, shape: Shape, cache: KVCache, lengths: Tensor, seen: Tensor, depths: Tensor) -> At | gpu.Places:
         """Behind the first `lengths` (B) slots, as nodes of these depths (T) that see each other by bits of `seen`."""
         assert self.tables is not None
         count = seen.numel()
@@ -196,20 +177,21 @@ class Graphs:
         positions, slots = lengths[:, None] + depths, lengths[:, None] + node
         window = Window(cache, shape.rows, shape.slots)
         if self.kernels:
-            return _At(window, slots, None, self.kernels.Places(self.tables, positions, slots, lengths, seen))
+            places: gpu.Places = self.kernels.Places(self.tables, positions, slots, lengths, seen, window)
+            return places
         own = (seen[:, None] >> node & 1) > 0  # (T, T)
         among = torch.arange(shape.slots, device=self.device) - lengths[:, None]  # (B, S): which node stands there
         visible = own[:, among.clamp(0, count - 1)].transpose(0, 1) & (among < count)[:, None] | (among < 0)[:, None]
         cos, sin = (table[positions].to(self.embedding.dtype) for table in self.tables)
         groups = self.heads.heads // self.heads.kv_heads
-        return _At(window, slots, Context(cos, sin, grouped_mask(visible, groups, self.embedding.dtype)), None)
+        return At(Context(cos, sin, grouped_mask(visible, groups, self.embedding.dtype)), slots, window)
 
-    def _blocks(self, stack: BlockStack, x: Tensor, at: _At, block: int, used: int) -> Tensor:
+    def _blocks(self, stack: BlockStack, x: Tensor, at: At | gpu.Places, block: int, used: int) -> Tensor:
         """The first `used` blocks of a stack on x (1, B, T, D), or (used, B, T, D) for kernels, which overwrite it."""
-        if at.context is not None:
-            return stack.forward(x, at.context, at.slots, at.window, block, used)
+        if isinstance(at, At):
+            return stack.forward(x, at, block, used)
         inputs = self.kernels.normed(x[:1].flatten(1, 2), stack.norm_1[:used], stack.eps)
-        states: Tensor = self.kernels.run(stack, inputs, x, at.places, at.window, block)
+        states: Tensor = self.kernels.run(stack, inputs, x, at, block)
         return states
 
     def _logits(self, states: Tensor, draft_vocab: int | None = None) -> Tensor:
@@ -249,11 +231,11 @@ class Graphs:
         at = self._at(shape, cache, lengths, (2 << node) - 1, node)
         embedded = F.embedding(tokens, self.embedding)
         states = states.to(embedded.dtype)
-        if at.context is not None:
-            return stack.draft(embedded, states, at.context, at.slots, at.window)
+        if isinstance(at, At):
+            return stack.draft(embedded, states, at)
         sides = zip((embedded, states), (stack.norm_1, stack.hidden_norm), strict=True)
         inputs = torch.cat([self.kernels.normed(x.reshape(1, -1, x.size(-1)), w, self.eps) for x, w in sides], -1)
-        found: Tensor = self.kernels.run(stack, inputs, states[None].clone(), at.places, at.window, 0)
+        found: Tensor = self.kernels.run(stack, inputs, states[None].clone(), at, 0)
         return found[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,15 @@ class Context:
     cos: Tensor
     sin: Tensor
     mask: Mask | None = None
+
+
+@dataclass(frozen=True)
+class At:
+    """Where the tokens (B, T) of a step stand: what its blocks share, their slots (B, T), and the cache."""
+
+    context: Context
+    slots: Tensor
+    cache: KVCache | Window
 
 
 class Rotary(nn.Module):
@@ -59,11 +68,11 @@ class Rotary(nn.Module):
         self.inv_freq = self._frequencies().to(self.inv_freq.device)  # a model in bfloat16 still needs exact angles
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (..., T, H) at `positions` (..., T); the first half of sin is negative (see `rotate`)."""
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (..., T, H), float32, at `positions` (..., T); the first half of sin is negative (`rotate`)."""
         angles = positions[..., None].float() * self.inv_freq  # (..., T, H/2)
         cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -212,38 +221,20 @@ class BlockStack:
             self.qk_norm = norms.view(self.m, 1, 2, self.head_dim)
             self.norm_of = torch.tensor([0] * self.heads + [1] * self.kv_heads, device=norms.device)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Context,
-        positions: Tensor,
-        cache: KVCache | Window,
-        block: int,
-        used: int,
-        last: bool = False,
-    ) -> Tensor:
+    def forward(self, x: Tensor, at: At, block: int, used: int, last: bool = False) -> Tensor:
         """Run the first `used` of the m blocks on x (1, B, T, D); cache them from index `block` on.
 
         The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D). last: of the last position,
         which sees all there is, alone, (used, B, 1, D); of the others keys and values are all that is made.
         """
         inputs = unit_rms(x, self.eps) * self.norm_1[:used, None]
-        return self._run(inputs, x, context, positions, cache, block, last)
+        return self._run(inputs, x, at, block, last)
 
-    def _run(
-        self,
-        inputs: Tensor,
-        x: Tensor,
-        context: Context,
-        positions: Tensor,
-        cache: KVCache | Window,
-        block: int,
-        last: bool,
-    ) -> Tensor:
+    def _run(self, inputs: Tensor, x: Tensor, at: At, block: int, last: bool) -> Tensor:
         """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T or 1, D)."""
-        m = inputs.size(0)
+        m, context = inputs.size(0), at.context
         qk, v = self._project(inputs, context, self.heads if last else 0)
-        keys, values = cache.write(block, qk[:, :, -self.kv_heads :], v, positions)
+        keys, values = at.cache.write(block, qk[:, :, -self.kv_heads :], v, at.slots)
         if last:
             context = Context(context.cos[:, -1:], context.sin[:, -1:])
             qk, _ = self._project(inputs[:, :, -1:], context, 0, self.heads)
@@ -292,16 +283,8 @@ class SequentialStack(BlockStack):
         super().__init__([block])
         self.hidden_norm = _share([[block.hidden_norm.weight]])
 
-    def draft(
-        self,
-        embedded: Tensor,
-        hidden: Tensor,
-        context: Context,
-        positions: Tensor,
-        cache: KVCache | Window,
-        last: bool = False,
-    ) -> Tensor:
-        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written at `positions`.
+    def draft(self, embedded: Tensor, hidden: Tensor, at: At, last: bool = False) -> Tensor:
+        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written where `at` says.
 
         last: as in `BlockStack.forward`.
         """
@@ -310,7 +293,19 @@ class SequentialStack(BlockStack):
             F.rms_norm(embedded, width, self.norm_1[0, 0], self.eps),
             F.rms_norm(hidden, width, self.hidden_norm[0, 0], self.eps),
         )
-        return self._run(torch.cat(sides, -1)[None], hidden[None], context, positions, cache, 0, last)[0]
+        return self._run(torch.cat(sides, -1)[None], hidden[None], at, 0, last)[0]
+
+
+class Parts(NamedTuple):
+    """What compiled steps are made of: weights of both ends and of the final norm, with its eps, and the blocks."""
+
+    embedding: Tensor  # (V, D)
+    unembedding: Tensor
+    norm: Tensor  # (D)
+    eps: float
+    trunk: Sequence[BlockStack]
+    heads: BlockStack
+    drafter: SequentialStack | None
 
 
 def _bmm(x: Tensor, weight: Tensor, apart: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
 from foretoken.graphs import Graphs, bucket
 from foretoken.heads import make_heads, make_unembeddings
-from foretoken.layers import Block, BlockStack, Context, RMSNorm, Rotary, SequentialStack, grouped_mask
+from foretoken.layers import At, Block, BlockStack, Context, Parts, RMSNorm, Rotary, SequentialStack, grouped_mask
 from foretoken.native import DTYPES, MOST_TOKENS, Native, library
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
@@ -27,7 +27,6 @@ from foretoken.sampling import Keys, filtered, logprobs_of, rejection, widened
 from foretoken.tree import Tree
 
 MOST_FREE = 4  # caches whose memory is kept for the next
-Parts = tuple[tuple[Tensor, Tensor, Tensor], list[BlockStack], BlockStack, SequentialStack | None, float]
 ALL_SHARED: tuple[Shared, ...] = ("trunk", "embedding", "unembedding")
 
 
@@ -102,7 +101,7 @@ class Model(nn.Module):
 
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables (B or 1, T, H) of positions (B or 1, T)."""
-        return self.rotary(positions, torch.float32)  # type: ignore[no-any-return]
+        return self.rotary(positions)  # type: ignore[no-any-return]
 
     def compile_blocks(self) -> None:
         """Let torch.compile make training faster, block by block: blocks of a kind share what is compiled."""
@@ -186,19 +185,19 @@ class Stepper:
         self.paces: dict[tuple[object, int], Pace] = {}  # by what steps cost, and temperature
         self.native = self._native() if compiled else None
         self.free: list[tuple[Tensor, Tensor]] = []  # memory of caches that are gone
-        self.graphs = Graphs(*self.parts()) if compiled and model.device.type == "cuda" else None
+        self.graphs = Graphs(self.parts()) if compiled and model.device.type == "cuda" else None
 
     def parts(self) -> Parts:
-        """What compiled forms are made of: weights of both ends, trunk, heads, the sequential one, the norm's eps."""
+        """What compiled forms are made of."""
         model = self.model
-        ends = (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight)
-        return ends, self.trunk, self.heads, self.drafter, model.norm.eps
+        ends = (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight, model.norm.eps)
+        return Parts(*ends, self.trunk, self.heads, self.drafter)
 
     def _native(self) -> Native | None:
         model = self.model
         if model.device.type != "cpu" or model.dtype not in DTYPES or (found := library()) is None:
             return None
-        return Native(found, *self.parts(), self.further, self.early)
+        return Native(found, self.parts(), self.further, self.early)
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -215,14 +214,14 @@ class Stepper:
     def _cache(self, blocks: int, rows: int, capacity: int) -> KVCache:
         c, model = self.config, self.model
         if self.graphs is None:
-            return KVCache(blocks, rows, c.num_key_value_heads, capacity, c.head_dim, model.dtype, model.device)
+            return KVCache((blocks, rows, c.num_key_value_heads, capacity, c.head_dim), model.dtype, model.device)
         # What is captured writes to fixed memory, so caches that come after each other share it, whatever K is.
         capacity = bucket(capacity)
         if blocks > len(self.trunk):
             blocks = max(blocks, len(self.trunk) + self.heads.m + len(self.further))
         shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
         at = next((index for index, memory in enumerate(self.free) if memory[0].shape == shape), None)
-        cache = KVCache(*shape, model.dtype, model.device, None if at is None else self.free.pop(at))
+        cache = KVCache(shape, model.dtype, model.device, None if at is None else self.free.pop(at))
         weakref.finalize(cache, self._give_back, (cache.keys, cache.values))
         return cache
 
@@ -243,17 +242,16 @@ class Stepper:
         self.grow_tables(cache)
         if self.native is not None and T <= MOST_TOKENS:
             return self.native.forward(tokens.tolist(), cache, heads, tree)
-        positions = cache.positions(T)
-        context = self._context(positions, cache, tree)
+        at = self._at(T, cache, tree)
         x, early = F.embedding(tokens, self.model.embed_tokens.weight)[None], list[Tensor]()  # (1, B, T, D)
         for index, stack in enumerate(self.trunk):
-            x = stack.forward(x, context, positions, cache, index, 1)
+            x = stack.forward(x, at, index, 1)
             early = [x, *early][: min(heads - 1, self.early)]
         last = last and self.config.head_kind not in ("causal", "anticausal", "deepseek")  # which read what others make
-        first = self.heads.forward(x, context, positions, cache, len(self.trunk), min(heads, self.heads.m), last)
+        first = self.heads.forward(x, at, len(self.trunk), min(heads, self.heads.m), last)
         hidden = [first.expand(-1, -1, T, -1), *early]
         for block, stack in enumerate(self.further[: heads - 1], len(self.trunk) + 1):
-            hidden.append(stack.forward(hidden[-1], context, positions, cache, block, 1))
+            hidden.append(stack.forward(hidden[-1], at, block, 1))
         cache.advance(T)
         return torch.cat(hidden), x[0]
 
@@ -287,7 +285,7 @@ class Stepper:
         logits = self.logits(states, draft_vocab, depth)
         logits = change(logits) if change else logits
         drafts = keys.choose_drafts(logits, first, ranks)
-        return drafts, filtered(logits, keys.sampling) if keys.rejection else logits
+        return drafts, filtered(logits, keys.sampling) if keys.sampling.rejects else logits
 
     @torch.inference_mode()
     def draft(self, tokens: Tensor, hidden: Tensor, cache: KVCache, last: bool = False) -> Tensor:
@@ -300,10 +298,8 @@ class Stepper:
         self.grow_tables(cache)
         if self.native is not None and tokens.size(1) <= MOST_TOKENS:
             return self.native.draft(tokens.tolist(), hidden, cache)
-        positions = cache.positions(tokens.size(1))
         embedded = F.embedding(tokens, self.model.embed_tokens.weight)
-        hidden, context = hidden.to(embedded.dtype), self._context(positions, cache)
-        state = self.drafter.draft(embedded, hidden, context, positions, cache, last)
+        state = self.drafter.draft(embedded, hidden.to(embedded.dtype), self._at(tokens.size(1), cache), last)
         cache.advance(tokens.size(1))
         return state.expand(-1, tokens.size(1), -1)
 
@@ -328,22 +324,23 @@ class Stepper:
     def grow_tables(self, cache: KVCache) -> None:
         """Make the rotary tables reach over all positions of a cache."""
         if self.tables is None or self.tables[0].size(0) < cache.capacity:
-            self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device), torch.float32)
+            self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device))
         for steps in (self.native, self.graphs):
             if steps is not None:
                 steps.use_tables(self.tables)
 
-    def _context(self, positions: Tensor, cache: KVCache, tree: Tree | None = None) -> Context:
-        """For tokens at slots `positions` (B, T), which are their rotary positions, too, where they are no tree."""
+    def _at(self, count: int, cache: KVCache, tree: Tree | None = None) -> At:
+        """Of the next `count` tokens, whose slots are their rotary positions, too, where they are no tree."""
         assert self.tables is not None
-        slots = torch.arange(max(cache.lengths) + positions.size(1), device=positions.device)
-        visible = slots <= positions[:, :, None] if tree is None else tree.visible(slots, positions)  # (B, T, S)
-        positions = positions if tree is None else positions[:, :1] + torch.tensor(tree.depths, device=slots.device)
+        slots = cache.positions(count)  # (B, T)
+        there = torch.arange(max(cache.lengths) + count, device=slots.device)
+        visible = there <= slots[:, :, None] if tree is None else tree.visible(there, slots)  # (B, T, S)
+        positions = slots if tree is None else slots[:, :1] + torch.tensor(tree.depths, device=slots.device)
         cos, sin = (table[positions].to(self.model.dtype) for table in self.tables)  # (B, T, H)
-        if positions.size(1) == 1 and min(cache.lengths) == max(cache.lengths):
-            return Context(cos, sin)  # the only query sees all there is
+        if count == 1 and min(cache.lengths) == max(cache.lengths):
+            return At(Context(cos, sin), slots, cache)  # the only query sees all there is
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        return Context(cos, sin, grouped_mask(visible, groups, self.model.dtype))
+        return At(Context(cos, sin, grouped_mask(visible, groups, self.model.dtype)), slots, cache)
 
 
 def _addresses(model: Model) -> list[int]:

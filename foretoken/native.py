@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from foretoken.cache import KVCache
-from foretoken.layers import BlockStack, SequentialStack
+from foretoken.layers import BlockStack, Parts, SequentialStack
 from foretoken.sampling import Keys
 from foretoken.tree import Tree, chain
 
@@ -120,25 +120,16 @@ class Native:
     States are float32 whatever the weights are. Tensors that are returned belong to the caller.
     """
 
-    def __init__(
-        self,
-        loaded: ctypes.CDLL,
-        ends: tuple[Tensor, Tensor, Tensor],
-        trunk: Sequence[BlockStack],
-        heads: BlockStack,
-        drafter: SequentialStack | None,
-        eps: float,
-        further: Sequence[BlockStack] = (),
-        early: int = 0,
-    ) -> None:
-        """ends: embedding (V, D), unembedding (V, D) and final norm (D). further: blocks of heads on top of the others.
+    def __init__(self, loaded: ctypes.CDLL, parts: Parts, further: Sequence[BlockStack] = (), early: int = 0) -> None:
+        """further: blocks of heads on top of the others.
 
         early: how many of the trunk's last blocks end in a head's state, that of the last in head 2's.
         """
+        embedding, unembedding, norm, eps, trunk, heads, drafter = parts
         self.library, self.drafter = loaded, drafter
         self.stacks = [(stack, index) for stack in (*trunk, heads, *further) for index in range(stack.m)]
         self.early, self.stacked = early, early > 0 or len(further) > 0
-        self.trunk, (embedding, unembedding, norm) = len(trunk), ends
+        self.trunk = len(trunk)
         self.vocabulary, self.width = embedding.shape
         self.tables: tuple[Tensor, Tensor] | None = None
         self.model = _Model(
@@ -228,7 +219,7 @@ class Native:
         given = _array(_INT, B * (T + 4) + T)(*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions, *parents)
         found, logprobs = _array(_INT, B * (2 * T + 1 + K * ranks))(), _array(ctypes.c_float, B * T)()
         at, to = ctypes.addressof(given), ctypes.addressof(found)
-        rejection = keys.rejection and (T == 1 or proposed is not None)
+        rejection = keys.sampling.rejects and (T == 1 or proposed is not None)
         proposal = torch.empty(B, K, self.vocabulary) if rejection else None
         if proposed is not None:
             proposed = proposed.float().contiguous()

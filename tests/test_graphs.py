@@ -38,7 +38,7 @@ def small(kind: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Model
 def with_graphs(model: Model) -> Model:
     """Its steps run as one function of fixed shapes, on any device."""
     stepper = Stepper(model, compiled=False)
-    stepper.graphs = Graphs(*stepper.parts())
+    stepper.graphs = Graphs(stepper.parts())
     model.use_stepper(stepper)
     return model
 
@@ -144,9 +144,9 @@ def test_what_lies_behind_the_used_slots_means_nothing(kind: str, monkeypatch: p
     plain = decoded(eager(small(kind)), 0, SAMPLINGS["soft"])
     real = KVCache.__init__
 
-    def filled(cache: KVCache, blocks: int, rows: int, kv_heads: int, capacity: int, *rest: Any) -> None:
-        assert capacity in BUCKETS
-        real(cache, blocks, rows, kv_heads, capacity, *rest)
+    def filled(cache: KVCache, shape: tuple[int, ...], *rest: Any) -> None:
+        assert shape[3] in BUCKETS
+        real(cache, shape, *rest)
         cache.keys.fill_(50.0)
         cache.values.fill_(50.0)
 
@@ -206,7 +206,7 @@ def test_kernels_are_the_blocks(architecture: str, kv_heads: int, parts: int, mo
         depths = torch.tensor([0, 1, 2, 3] if T == 4 else [0, 1, 1, 2, 2, 2][:T], device=device)
         lengths = torch.tensor([filled + row for row in range(B)], device=device)
         for stack, used in ((stepper.trunk[0], 1), (stepper.heads, 4), (stepper.heads, 2)):
-            caches = [KVCache(4, B, kv_heads, 256, 24, torch.float32, device) for _ in range(2)]
+            caches = [KVCache((4, B, kv_heads, 256, 24), torch.float32, device) for _ in range(2)]
             for side in ("keys", "values"):
                 filling = torch.randn(getattr(caches[0], side).shape, device=device)
                 for cache in caches:
@@ -215,7 +215,7 @@ def test_kernels_are_the_blocks(architecture: str, kv_heads: int, parts: int, mo
             x = torch.randn(1, B, T, 96, device=device)
             found = []
             for cache, kernels in zip(caches, (None, gpu), strict=True):
-                graphs = Graphs(*stepper.parts())
+                graphs = Graphs(stepper.parts())
                 assert stepper.tables is not None
                 graphs.use_tables(stepper.tables)
                 graphs.kernels = kernels

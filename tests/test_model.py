@@ -13,7 +13,7 @@ from invariants import cached_is_full, close, no_peeking, possible
 from torch import Tensor, nn
 
 from foretoken.config import OptimConfig
-from foretoken.layers import Block, BlockStack, Context, Rotary, grouped_mask
+from foretoken.layers import At, Block, BlockStack, Context, Rotary, grouped_mask
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.optim import make_optimizers
@@ -40,10 +40,10 @@ def test_stack_equals_its_blocks(architecture: str, kv_heads: int, m: int) -> No
     for used in range(1, m + 1):
         cache = model.stepper().new_cache(2, 7, m)
         positions = cache.positions(7)
-        cos, sin = model.rotary(positions, torch.float64)
+        cos, sin = (table.double() for table in model.rotary(positions))
         visible = torch.ones(2, 7, 7, dtype=torch.bool).tril()
         mask = grouped_mask(visible, 4 // kv_heads, torch.float64)
-        found = stack.forward(x[None], Context(cos, sin, mask), positions, cache, 0, used)
+        found = stack.forward(x[None], At(Context(cos, sin, mask), positions, cache), 0, used)
         close(found, torch.stack(wanted[:used]), f"{used} of {m} blocks")
 
 
@@ -256,7 +256,7 @@ def test_tied_embeddings_are_one_parameter() -> None:
 def test_rotation_worked_example() -> None:
     # Head width 2 has one frequency, 1: position p turns the vector by p radians.
     rotary = Rotary(tiny_config(width=8))
-    cos, sin = rotary(torch.tensor([0, 1, 2]), torch.float64)
+    cos, sin = rotary(torch.tensor([0, 1, 2]))
     assert cos[:, 0].tolist() == pytest.approx([1, math.cos(1), math.cos(2)], abs=1e-6)
     assert sin.tolist()[1] == pytest.approx([-math.sin(1), math.sin(1)], abs=1e-6)
 
@@ -287,7 +287,7 @@ def test_llama3_frequencies_equal_transformers(factor: float) -> None:
 def test_a_narrow_model_keeps_exact_angles(dtype: torch.dtype) -> None:
     model = Model(tiny_config(width=64))
     position = torch.tensor([[200_000]])
-    wanted = model.rotary(position, torch.float32)
+    wanted = model.rotary(position)
     model.to(dtype)
-    for found, table in zip(model.rotary(position, torch.float32), wanted, strict=True):
+    for found, table in zip(model.rotary(position), wanted, strict=True):
         assert torch.equal(found, table)

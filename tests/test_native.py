@@ -672,7 +672,7 @@ def test_caches_that_lie_where_others_lay() -> None:
     def logits(rows: int) -> Tensor:
         shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
         keys, values = (side[: math.prod(shape)].view(shape) for side in memory)
-        cache = KVCache(*shape, model.dtype, model.device, (keys, values))
+        cache = KVCache(shape, model.dtype, model.device, (keys, values))
         cache.select([])
         for first in range(1, min(rows, 2) + 1):
             row = cache.vacant()

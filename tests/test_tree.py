@@ -15,6 +15,7 @@ from test_decode import PROMPTS
 from foretoken import decode as decoding
 from foretoken.cache import KVCache
 from foretoken.decode import Batch, decode
+from foretoken.layers import At, Context
 from foretoken.model import Model, Stepper
 from foretoken.pace import MOST_NODES, WIDTH, Pace
 from foretoken.request import Request
@@ -180,16 +181,14 @@ def test_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
         real = KVCache.keep
         monkeypatch.setattr(KVCache, "keep", lambda own, row, path, n: real(own, row, range(len(path)), n))
     else:
-        real_context = Stepper._context
+        real_at = Stepper._at
 
-        def context(own: Stepper, positions: Any, cache: KVCache, tree: Tree | None = None) -> Any:
-            if tree is None:
-                return real_context(own, positions, cache)
-            wrong = real_context(own, positions, cache, tree)
-            right = real_context(own, positions, cache)
-            return type(wrong)(right.cos, right.sin, wrong.mask)
+        def at(own: Stepper, count: int, cache: KVCache, tree: Tree | None = None) -> At:
+            right, chained = real_at(own, count, cache, tree), real_at(own, count, cache)
+            context = Context(chained.context.cos, chained.context.sin, right.context.mask)
+            return right if tree is None else At(context, right.slots, cache)
 
-        monkeypatch.setattr(Stepper, "_context", context)
+        monkeypatch.setattr(Stepper, "_at", at)
     found = decoded(model, 3, SOFT, 9, more=10)
     gaps = [abs(x - y) for a, b in zip(found, plain, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=False)]
     assert [r.ids for r in found] != [r.ids for r in plain] or max(gaps) > 1e-6
