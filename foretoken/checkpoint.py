@@ -21,7 +21,7 @@ from torch import Tensor
 from foretoken.chat import generation_config
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError, ConfigError
-from foretoken.files import read_json, to_disk, write_json
+from foretoken.files import read_json, staged, to_disk, write_json
 from foretoken.formats import hf
 from foretoken.formats.safetensors import FILE, Stored, read_tensors, save_tensors
 from foretoken.lora import merged
@@ -30,7 +30,7 @@ from foretoken.parallel import ALONE, World, whole
 from foretoken.provenance import Provenance, recorded_digests, write_provenance
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
-from foretoken.train_state import TRAIN_STATE, read_adapters, read_train_state, training_tensors, write_train_state
+from foretoken.train_state import TRAIN_STATE, training_tensors, write_train_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 STEP_PREFIX = "checkpoint-"
@@ -42,11 +42,11 @@ class Contents:
     """All that a checkpoint directory will hold. Tensors are whole, and in the first process alone."""
 
     config: ModelConfig
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor | Stored]
     tokenizer: Tokenizer
     provenance: Provenance
-    training: Mapping[str, Mapping[str, Tensor]] | None
-    unlogged: Mapping[str, Any]
+    training: Mapping[str, Mapping[str, Tensor]] | None = None
+    unlogged: Mapping[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -91,22 +91,15 @@ def gather_checkpoint(
     state = gathered(merged(model))
     files = training_tensors(model, optimizers) if optimizers else {}
     training = {file: gathered(tensors.items()) for file, tensors in files.items()} or None
-    return Contents(model.config, state, tokenizer, provenance or Provenance(), training, unlogged or {})
+    return Contents(model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
 
 
 def write_checkpoint(target: Path, contents: Contents) -> None:
     """Write what `gather_checkpoint` gave, as `save_checkpoint` says; in the first process."""
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
-    name = f".{target.name}.incomplete-{os.getpid()}"
-    staging = target / name if target.is_dir() else target.parent / name
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_files(
-            staging, contents.config, contents.state, contents.tokenizer, contents.provenance, contents.training,
-            contents.unlogged,
-        )  # fmt: skip
+    with staged(target, target if target.is_dir() else target.parent) as staging:
+        write_files(staging, contents)
         if target.exists():
             for folder in (HEADS, TRAIN_STATE):  # of a save that was killed here; a folder only replaces an empty one
                 shutil.rmtree(target / folder, ignore_errors=True)
@@ -114,29 +107,11 @@ def write_checkpoint(target: Path, contents: Contents) -> None:
                 os.replace(entry, target / entry.name)
         else:
             os.rename(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_files(
-    folder: Path, config: ModelConfig, state: Mapping[str, Tensor | Stored], tokenizer: Tokenizer,
-    provenance: Provenance, training: Mapping[str, Mapping[str, Tensor]] | None = None,
-    unlogged: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """Write a checkpoint's files into `folder`. state: the weights by our names, those that are `Stored` one by one."""
-    files = _write(folder, config, state, tokenizer)
-    if training is not None:
-        files |= write_train_state(folder, training, unlogged or {})
-    write_provenance(folder, provenance, files, tokenizer)
-    to_disk(folder)
-
-
-def _write(
-    folder: Path, config: ModelConfig, state: Mapping[str, Tensor | Stored], tokenizer: Tokenizer
-) -> dict[str, str]:
-    """Write all that engines read; returns the SHA-256 of the weight files by name."""
+def write_files(folder: Path, contents: Contents) -> None:
+    """Write a checkpoint's files into `folder`, weights that are `Stored` one by one."""
+    config, state, tokenizer = contents.config, contents.state, contents.tokenizer
     weights = state["embed_tokens.weight"].dtype
     dtype = next(name for name, kind in DTYPES.items() if kind == weights)
     main = {new: t for name, t in state.items() if (new := hf.main_name(name, config))}
@@ -151,7 +126,10 @@ def _write(
         heads.update(hf.heads_constants(config, weights))
         files[f"{HEADS}/{FILE}"] = save_tensors(folder / HEADS / FILE, heads)
         write_json(folder / HEADS / "config.json", hf.heads_config(config, main_config))
-    return files
+    if contents.training is not None:
+        files |= write_train_state(folder, contents.training, contents.unlogged or {})
+    write_provenance(folder, contents.provenance, files, tokenizer)
+    to_disk(folder)
 
 
 def load_checkpoint(
@@ -310,13 +288,3 @@ def _read_renamed(
     digests = {name.removeprefix(prefix): digest for name, digest in recorded if name.startswith(prefix)}
     stored = read_tensors(folder / prefix, {new: shapes[name] for new, name in names.items()}, digests, ignored, tied)
     return {names[new]: tensor for new, tensor in stored.items()}
-
-
-def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Give the optimisers, made for `model`, the state saved in `folder`; see `read_train_state`."""
-    return read_train_state(folder, model, optimizers, recorded_digests(folder))
-
-
-def load_adapters(folder: Path, model: Model) -> None:
-    """Give the adapters of `model` the values saved in `folder`; see `read_adapters`."""
-    read_adapters(folder, model, recorded_digests(folder))

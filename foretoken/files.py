@@ -57,6 +57,20 @@ def to_disk(folder: Path) -> None:
 
 
 @contextmanager
+def staged(target: Path, above: Path) -> Iterator[Path]:
+    """A folder in `above` to write what becomes `target`; gone when the block ends, and OSErrors name `target`."""
+    staging = above / f".{target.name}.incomplete-{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A directory to write into, which becomes `path` by one rename when the block ends without an error.
 
@@ -65,13 +79,6 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     if target.exists():
         raise CheckpointError(f"{target}: exists already; choose another directory")
-    staging = target.parent / f".{target.name}.incomplete-{os.getpid()}"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with staged(target, target.parent) as staging:
         yield staging
         os.rename(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foretoken.checkpoint import find_checkpoint, load_adapters, load_model, read_config
+from foretoken.checkpoint import find_checkpoint, load_model, read_config
 from foretoken.config import ModelConfig, ModelRecipe, Recipe, validated
 from foretoken.errors import CheckpointError, ConfigError, TrainingError
 from foretoken.formats import hf
@@ -16,6 +16,7 @@ from foretoken.model import Model
 from foretoken.parallel import whole
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
+from foretoken.train_state import load_adapters
 
 HEADS = ("head_kind", "shared_block", "unembedding")  # keys of [model] that say what heads 2..n are
 

@@ -16,6 +16,7 @@ from foretoken.formats.safetensors import check_tensors, read_file, save_tensors
 from foretoken.lora import adapters
 from foretoken.model import Model
 from foretoken.parallel import like
+from foretoken.provenance import recorded_digests
 
 TRAIN_STATE = "train_state"
 
@@ -44,25 +45,23 @@ def write_train_state(
 
 
 @torch.no_grad()
-def read_adapters(folder: Path, model: Model, digests: Mapping[str, str]) -> None:
-    """Give the adapters of `model` the values in `folder`/train_state; strict, with the SHA-256 in `digests`."""
+def load_adapters(folder: Path, model: Model) -> None:
+    """Give the adapters of `model` the values in `folder`/train_state; strict, with the SHA-256 on record."""
     name, own = f"{TRAIN_STATE}/adapters.safetensors", adapters(model)
-    tensors = read_file(folder / name, digests.get(name))
+    tensors = read_file(folder / name, recorded_digests(folder).get(name))
     check_tensors(folder / name, tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 
-def read_train_state(
-    folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer], digests: Mapping[str, str]
-) -> dict[str, Any]:
+def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Give the optimisers, made for `model`, the state saved in `folder`/train_state; strict about names.
 
-    digests: SHA-256 on record by file name. Returns the `unlogged` that was saved with it. Raises CheckpointError.
+    It must have the SHA-256 on record, if any. Returns the `unlogged` that was saved with it. Raises CheckpointError.
     """
     name = f"{TRAIN_STATE}/optimizer.safetensors"
     path = folder / name
-    tensors = read_file(path, digests.get(name))
+    tensors = read_file(path, recorded_digests(folder).get(name))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

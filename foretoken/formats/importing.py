@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.checkpoint import write_files
+from foretoken.checkpoint import Contents, write_files
 from foretoken.config import ModelConfig
 from foretoken.errors import CheckpointError
 from foretoken.files import new_directory
@@ -34,7 +34,7 @@ def import_tensors(
     with new_directory(out) as staging:
         check_heads(state, config, str(origin["path"]), progress)
         shown = _shown(state, progress)
-        write_files(staging, config, shown, tokenizer, Provenance(imported_from=origin))
+        write_files(staging, Contents(config, shown, tokenizer, Provenance(imported_from=origin)))
     return Path(out)
 
 

@@ -20,7 +20,7 @@ from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling
-from foretoken.train_state import read_train_state, training_tensors, write_train_state
+from foretoken.train_state import load_train_state, training_tensors, write_train_state
 
 MOST_TIES = 0.03
 
@@ -99,7 +99,7 @@ def fit(
     begun = 0
     if state.exists():
         model.load_state_dict(read_file(state / FILE, None))
-        saved = read_train_state(state, model, optimizers, {})
+        saved = load_train_state(state, model, optimizers)
         begun, history = saved["step"], saved["history"]
     ended = bool(history) and (enough(history[-1]) or begun == steps)
     for step in range(begun, steps if not ended else begun):
