@@ -8,33 +8,13 @@ variation, and -log sum(min(p, q)), the chance that rejection sampling accepts t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foretoken.config import LossConfig
 from foretoken.loss import CHUNK_ELEMENTS, IGNORE, distinct, product_dtype
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Weights of the terms; soft_top_k: the teacher's likeliest tokens that the soft term knows, 0 for all."""
-
-    soft: float = 0.0
-    total_variation: float = 0.0
-    acceptance: float = 0.0
-    soft_top_k: int = 0
-
-
-@dataclass(frozen=True)
-class DistilOutput:
-    """total: scalar with a gradient. divergence, overlap (n,) float64: each head's summed KL(p | q) in nats (with
-    soft_top_k to what is left of p), and sum(min(p, q)); head 1's are 0."""
-
-    total: Tensor
-    divergence: Tensor
-    overlap: Tensor
 
 
 def teachable(labels: Tensor) -> Tensor:
@@ -50,10 +30,10 @@ def distil_loss(
     weight: Tensor | Sequence[Tensor],
     labels: Tensor,
     scales: Tensor,
-    terms: Terms,
+    terms: LossConfig,
     *,
     weight_learns: bool = True,
-) -> DistilOutput:
+) -> Tensor:
     """The terms of heads 2..n, with at most one chunk of logits in memory.
 
     hidden: n normalised states (B, T, D), of which head 1's only teaches; weight: unembedding (V, D) of all heads, or
@@ -67,17 +47,17 @@ def distil_loss(
         weights, students = [w.detach() for w in weights], [h.detach() for h in students]
     if not weight_learns or 0 not in which[1:]:
         weights[0] = weights[0].detach()
-    total, divergence, overlap = _Distil.apply(  # type: ignore[no-untyped-call]
+    total: Tensor = _Distil.apply(  # type: ignore[no-untyped-call]
         teacher.detach(), labels, scales, terms, which, *weights, *students
     )
-    return DistilOutput(total, divergence, overlap)
+    return total
 
 
 class _Distil(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, teacher: Tensor, labels: Tensor, scales: Tensor, terms: Terms, which: list[int], *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, teacher: Tensor, labels: Tensor, scales: Tensor, terms: LossConfig, which: list[int], *tensors: Tensor
+    ) -> Tensor:
         n, dtype = len(which), teacher.dtype
         weights, students = tensors[: 1 - n], tensors[1 - n :]
         ctx.types = [t.dtype for t in tensors]
@@ -88,51 +68,43 @@ class _Distil(torch.autograd.Function):
         grads = [torch.zeros_like(h) for h in students] if any(learn) else []
         rows = max(1, CHUNK_ELEMENTS // 16 // weights[0].size(0))
         first = weights[0].to(dtype)
-        total, divergence, overlap = (torch.zeros(n, dtype=torch.float64, device=first.device) for _ in range(3))
+        total = torch.zeros(n, dtype=torch.float64, device=first.device)
         for d, states in enumerate(students, 1):
             weight, grad_weight = weights[which[d]].to(dtype) if which[d] else first, grad_weights[which[d]]
             at = (labels[d] != IGNORE).nonzero()  # (valid, 2)
             for part in torch.split(at, rows):
                 row, place = part.unbind(1)
                 student = states[row, place]
-                value, grad, kl, shared = _terms(
-                    (teacher[row, place + d] @ first.T).to(wide), (student @ weight.T).to(wide), terms
-                )
+                value, grad = _terms((teacher[row, place + d] @ first.T).to(wide), (student @ weight.T).to(wide), terms)
                 total[d] += value.double().sum()
-                divergence[d] += kl.double().sum()
-                overlap[d] += shared.double().sum()
                 if grads:
                     grad = (grad * scales[d].to(wide)).to(weight.dtype)
                     grads[d - 1][row, place] = grad @ weight
                     if grad_weight is not None:
                         grad_weight += grad.T @ student
         ctx.save_for_backward(*grad_weights, *grads)
-        ctx.mark_non_differentiable(divergence, overlap)
-        return (total * scales.to(total)).sum().to(wide), divergence, overlap
+        return (total * scales.to(total)).sum().to(wide)
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
         return None, None, None, None, None, *(None if g is None else (g * grad_total).to(kind) for g, kind in pairs)
 
 
-def _terms(teacher: Tensor, student: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From logits (rows, V): the weighted terms (rows), their gradient for the student's logits (rows, V), the KL
-    divergence of what the soft term knows (rows), and sum(min(p, q)) (rows)."""
+def _terms(teacher: Tensor, student: Tensor, terms: LossConfig) -> tuple[Tensor, Tensor]:
+    """From logits (rows, V): the weighted terms (rows), and their gradient for the student's logits (rows, V)."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     overlap = torch.minimum(p, q).sum(-1)
-    known, log_known = p, log_p
+    known = p
     if terms.soft_top_k and terms.soft_top_k < p.size(-1):
         kth = log_p.topk(terms.soft_top_k, -1).values[:, -1:]
-        log_known = log_p.masked_fill(log_p < kth, float("-inf")).log_softmax(-1)
-        known = log_known.exp()
+        known = log_p.masked_fill(log_p < kth, float("-inf")).log_softmax(-1).exp()
     cross = -(known * log_q).sum(-1)
-    divergence = cross + torch.where(known > 0, known * log_known, 0.0).sum(-1)
     value = terms.soft * cross + terms.total_variation * (1 - overlap) - terms.acceptance * overlap.log()
     grad = terms.soft * (q - known)
     if terms.total_variation or terms.acceptance:  # min(p, q) rises with q where q < p
         below = (q < p).to(q.dtype)
         rise = q * (below - (q * below).sum(-1, keepdim=True))
         grad -= rise * (terms.total_variation + terms.acceptance / overlap)[:, None]
-    return value, grad, divergence, overlap
+    return value, grad

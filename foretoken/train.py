@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from foretoken import metrics, optim, retrofit
-from foretoken.checkpoint import STEP_PREFIX, load_train_state, newest_step, prune
+from foretoken.checkpoint import STEP_PREFIX, newest_step, prune
 from foretoken.config import ModelConfig, Recipe, TrainConfig
 from foretoken.data import Split, Tokens, prepare
-from foretoken.distil import Terms, distil_loss, teachable
+from foretoken.distil import distil_loss, teachable
 from foretoken.errors import ConfigError, DataError, TrainingError
 from foretoken.failure import explained
 from foretoken.files import read_json
@@ -34,6 +34,7 @@ from foretoken.provenance import Provenance
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
 from foretoken.tokenizer import Tokenizer, from_config
+from foretoken.train_state import load_train_state
 from foretoken.windows import Batch, Windows
 
 
@@ -234,10 +235,8 @@ def _backward(
             total = output.total
             if terms.distils:
                 total = total + distil_loss(
-                    hidden, matrices, taught[:, rows], distil_factors,
-                    Terms(terms.soft, terms.total_variation, terms.acceptance, terms.soft_top_k),
-                    weight_learns="unembedding" in trained,
-                ).total  # fmt: skip
+                    hidden, matrices, taught[:, rows], distil_factors, terms, weight_learns="unembedding" in trained
+                )
             total.backward()  # type: ignore[no-untyped-call]
         else:
             context = model.context(T, documents, positions)

@@ -18,7 +18,7 @@ from torch import Tensor
 from foretoken import optim, retrofit
 from foretoken.checkpoint import load_checkpoint, load_model, save_checkpoint
 from foretoken.config import LossConfig
-from foretoken.distil import Terms, distil_loss, teachable
+from foretoken.distil import distil_loss, teachable
 from foretoken.errors import ConfigError, TrainingError
 from foretoken.loss import IGNORE, scales, targets, valid_counts
 from foretoken.model import Model
@@ -42,7 +42,7 @@ def problem(seed: int, n: int = 3, V: int = 11, T: int = 7) -> tuple[list[Tensor
 
 
 def by_loops(
-    hidden: list[Tensor], weight: Tensor | list[Tensor], labels: Tensor, head_weights: list[float], terms: Terms
+    hidden: list[Tensor], weight: Tensor | list[Tensor], labels: Tensor, head_weights: list[float], terms: LossConfig
 ) -> Tensor:
     """The definition, position by position."""
     matrices = [weight] * len(labels) if isinstance(weight, Tensor) else weight
@@ -71,17 +71,17 @@ def by_loops(
 
 
 TERMS = {
-    "soft": Terms(soft=1.0),
-    "top": Terms(soft=1.0, soft_top_k=3),
-    "variation": Terms(total_variation=1.0),
-    "acceptance": Terms(acceptance=1.0),
-    "all": Terms(0.3, 0.5, 0.7, 4),
+    "soft": LossConfig(soft=1.0),
+    "top": LossConfig(soft=1.0, soft_top_k=3),
+    "variation": LossConfig(total_variation=1.0),
+    "acceptance": LossConfig(acceptance=1.0),
+    "all": LossConfig(soft=0.3, total_variation=0.5, acceptance=0.7, soft_top_k=4),
 }
 
 
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 20])
-def test_distillation_is_its_definition(terms: Terms, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distillation_is_its_definition(terms: LossConfig, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In value and in gradient; head 1's states get none."""
     monkeypatch.setattr("foretoken.distil.CHUNK_ELEMENTS", chunk)
     for seed in range(10):
@@ -91,8 +91,8 @@ def test_distillation_is_its_definition(terms: Terms, chunk: int, monkeypatch: p
         taught = teachable(labels)
         found = distil_loss(hidden, weight, taught, scales(head_weights, valid_counts(taught)), terms)
         wanted = by_loops(slow_hidden, slow_weight, labels, head_weights, terms)
-        assert found.total.item() == pytest.approx(wanted.item(), abs=1e-9)
-        found.total.backward()
+        assert found.item() == pytest.approx(wanted.item(), abs=1e-9)
+        found.backward()
         assert hidden[0].grad is None
         if wanted.requires_grad:
             wanted.backward()
@@ -108,10 +108,14 @@ def test_a_head_that_is_the_teacher_has_nothing_to_learn() -> None:
             hidden[d][:, : 7 - d] = hidden[0][:, d:]
     taught = teachable(labels)
     factors = scales([1.0] * 3, valid_counts(taught))
-    output = distil_loss(hidden, weight, taught, factors, Terms(1.0, 1.0, 1.0))
-    output.total.backward()
-    assert float(output.divergence.abs().max()) < 1e-12
-    assert output.overlap.tolist() == pytest.approx([0.0, *valid_counts(taught)[1:].tolist()])
+    overlap = distil_loss(hidden, weight, taught, factors, LossConfig(total_variation=1.0, acceptance=1.0))
+    assert abs(overlap.item()) < 1e-12  # it is 1 everywhere
+    log_p = (hidden[0] @ weight.T).log_softmax(-1).detach()
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropies = sum(entropy[:, d:][taught[d, :, :-d] != IGNORE].mean() for d in (1, 2))
+    soft = distil_loss(hidden, weight, taught, factors, LossConfig(soft=1.0))
+    assert soft.item() == pytest.approx(float(entropies), abs=1e-12)  # the divergence is 0
+    (overlap + soft).backward()
     assert max(float(h.grad.abs().max()) for h in hidden[1:] if h.grad is not None) < 1e-12
 
 
@@ -119,7 +123,7 @@ def test_the_unembedding_learns_only_where_it_may() -> None:
     hidden, weight, labels = problem(1)
     taught = teachable(labels)
     factors = scales([1.0] * 3, valid_counts(taught))
-    distil_loss(hidden, weight, taught, factors, Terms(1.0), weight_learns=False).total.backward()
+    distil_loss(hidden, weight, taught, factors, LossConfig(soft=1.0), weight_learns=False).backward()
     assert weight.grad is None
     assert hidden[1].grad is not None
 

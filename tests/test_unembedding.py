@@ -35,8 +35,8 @@ from trained_models import Trained, exported
 
 from foretoken import loss, retrofit
 from foretoken.checkpoint import describe, load_checkpoint, load_model, save_checkpoint, step_checkpoints
-from foretoken.config import ModelConfig, OptimConfig
-from foretoken.distil import Terms, distil_loss, teachable
+from foretoken.config import LossConfig, ModelConfig, OptimConfig
+from foretoken.distil import distil_loss, teachable
 from foretoken.errors import CheckpointError, ConfigError, TrainingError
 from foretoken.formats.eagle3 import export_eagle3
 from foretoken.formats.engines import drafts_to_make, uses
@@ -138,7 +138,8 @@ def test_a_matrix_for_each_head_or_one() -> None:
 @pytest.mark.parametrize("learns", [True, False])
 def test_distillation_is_its_definition(learns: bool) -> None:
     """Head 1's matrix teaches; the others' gradients are those of the definition, and it has none."""
-    terms, head_weights = Terms(0.3, 0.5, 0.7, 4), [1.0, 0.5, 2.0]
+    terms = LossConfig(soft=0.3, total_variation=0.5, acceptance=0.7, soft_top_k=4)
+    head_weights = [1.0, 0.5, 2.0]
     for seed in range(5):
         hidden, first, labels = problem(seed)
         slow_hidden, slow_first, _ = problem(seed)
@@ -146,7 +147,7 @@ def test_distillation_is_its_definition(learns: bool) -> None:
                          for _ in range(2))  # fmt: skip
         taught = teachable(labels)
         factors = loss.scales(head_weights, loss.valid_counts(taught))
-        found = distil_loss(hidden, [first, *own], taught, factors, terms, weight_learns=learns).total
+        found = distil_loss(hidden, [first, *own], taught, factors, terms, weight_learns=learns)
         wanted = by_loops(slow_hidden, [slow_first, *slow_own], labels, head_weights, terms)
         close(found, wanted, "loss")
         found.backward()
