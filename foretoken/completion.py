@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, Unpack, overload
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 
 from foretoken.chat import chat_template, end_ids
 from foretoken.decode import check_draft_vocab, check_nodes, check_requests, decode
@@ -16,6 +16,8 @@ from foretoken.processors import Processing, Processors
 from foretoken.request import Request, Step
 from foretoken.sampling import Accept, Sampling
 from foretoken.tokenizer import TextStream, Tokenizer
+
+Kind = TypeVar("Kind", Sampling, Processing)
 
 
 class Options(TypedDict, total=False):
@@ -194,13 +196,7 @@ def begin(
         raise ConfigError(f"unknown option {min(unknown)}: there are {', '.join(sorted(Options.__annotations__))}")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(f"tokenizer of {tokenizer.vocab_size} tokens beside a model of {model.config.vocab_size}")
-    sampling = Sampling(
-        options.get("temperature", 0.0),
-        options.get("top_k", 0),
-        options.get("top_p", 1.0),
-        options.get("min_p", 0.0),
-        options.get("accept", "keyed"),
-    )
+    sampling = _own(Sampling, options)
     size = options.get("batch_size", 16)
     if size < 1:
         raise ConfigError(f"batch_size = {size} must be at least 1")
@@ -236,13 +232,7 @@ def begin(
 
 def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest], options: Options) -> None:
     """Give requests the processors that options ask for, if any."""
-    processing = Processing(
-        options.get("repetition_penalty", 1.0),
-        options.get("presence_penalty", 0.0),
-        options.get("frequency_penalty", 0.0),
-        dict(options.get("logit_bias") or {}),
-        options.get("min_tokens", 0),
-    )
+    processing = _own(Processing, options)
     processing.check(model.config.vocab_size)
     asked = {"json_schema": options.get("json_schema"), "regex": options.get("regex"), "lark": options.get("lark")}
     grammars = [Grammar(tokenizer, kind, text) for kind, text in asked.items() if text is not None]
@@ -253,6 +243,12 @@ def _process(model: Model, tokenizer: Tokenizer, requests: Sequence[TextRequest]
     for request in requests:
         matcher = grammars[0].matcher() if grammars else None
         request.processors = Processors(processing, request.prompt, request.end_ids, matcher)
+
+
+def _own(kind: type[Kind], options: Options) -> Kind:
+    """A `kind` of those options that are its fields; None is the default."""
+    given = cast(dict[str, Any], options)
+    return kind(**{f.name: given[f.name] for f in fields(kind) if given.get(f.name) is not None})
 
 
 def _source(options: Options) -> Source:

@@ -24,8 +24,7 @@ from foretoken.drafters import Lookup, LookupDrafter, Source, make_drafter, step
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.model import Model
 from foretoken.pace import MOST_NODES, Pace
-from foretoken.processors import changes
-from foretoken.request import Request, Step
+from foretoken.request import Request, Step, changes
 from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree, chain
 

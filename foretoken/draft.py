@@ -11,8 +11,8 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.model import Stepper
 from foretoken.native import MOST_TOKENS
-from foretoken.processors import Change, changes
-from foretoken.request import Request
+from foretoken.processors import Change
+from foretoken.request import Request, changes
 from foretoken.sampling import Keys
 from foretoken.tree import Tree, chain
 
@@ -106,7 +106,7 @@ class Drafter:
         drafts, proposed = self._drafts(start, row)
         if self.cache is not None and row is not None:
             self.cache.join(row)
-        if keys.rejection and proposed is not None:
+        if keys.sampling.rejects and proposed is not None:
             self.proposed = proposed if self.proposed is None else torch.cat((self.proposed, proposed.float()))
         return drafts[0]
 
@@ -171,7 +171,7 @@ class Drafter:
         """The first half of `turn` in PyTorch; what the forward returned stands along the accepted nodes."""
         stepper, device, count = self.stepper, self.stepper.model.device, len(tokens[0])
         hidden, z = stepper.forward(torch.tensor(tokens, device=device), cache, self.heads, tree)
-        if keys.rejection and self.proposed is not None:
+        if keys.sampling.rejects and self.proposed is not None:
             drafted = torch.tensor([row[1:] for row in tokens], device=device)
             picked, logprobs, counts = stepper.reject(hidden[0], drafted, self.proposed, keys, change)
             return picked, logprobs, [list(range(right + 1)) for right in counts], hidden, z

@@ -88,7 +88,7 @@ class LookupDrafter(Drafter):
     ) -> Turn:
         """See `Drafter`. Its drafts are certain: under rejection, q is 1 for each of them."""
         self.proposed = None
-        if keys.rejection and len(tokens[0]) > 1:
+        if keys.sampling.rejects and len(tokens[0]) > 1:
             drafted = torch.tensor([row[1:] for row in tokens], device=self.stepper.model.device)
             certain = torch.full((*drafted.shape, keys.vocab_size), float("-inf"), device=drafted.device)
             self.proposed = certain.scatter_(-1, drafted[..., None], 0.0)

@@ -36,23 +36,24 @@ class Matcher(Protocol):
 class Processing:
     """How logits are changed; the defaults change nothing. The penalties are those of vLLM and of OpenAI's API.
 
-    repetition: logits of tokens that stand in prompt or output are divided by it where positive, else multiplied
-    (Keskar et al. 2019). presence: taken from tokens that stand in the output. frequency: taken once for each time they
-    stand there. logit_bias: added, by token id. min_tokens: before so many, neither end-of-text nor stop string.
+    repetition_penalty: logits of tokens that stand in prompt or output are divided by it where positive, else
+    multiplied (Keskar et al. 2019). presence_penalty: taken from tokens that stand in the output. frequency_penalty:
+    taken once for each time they stand there. logit_bias: added, by token id. min_tokens: before so many, neither
+    end-of-text nor stop string.
     """
 
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.repetition < math.inf:
-            raise ConfigError(f"repetition_penalty = {self.repetition} must be a positive number; 1 is off")
-        for name in ("presence", "frequency"):
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty} must be a positive number; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(value := getattr(self, name)):
-                raise ConfigError(f"{name}_penalty = {value} must be a number; 0 is off")
+                raise ConfigError(f"{name} = {value} must be a number; 0 is off")
         if self.min_tokens < 0:
             raise ConfigError(f"min_tokens = {self.min_tokens} must be at least 0")
         for token, bias in self.logit_bias.items():
@@ -82,15 +83,16 @@ class Processors:
     def apply(self, logits: Tensor, ids: Sequence[int], further: Sequence[int]) -> Tensor:
         """The changed logits (V) of the token behind ids + further; `ids` are committed and only ever grow."""
         p, device, given, logits = self.processing, logits.device, logits, logits.clone()
-        if p.repetition != 1 or p.presence or p.frequency:
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             counts = self._counts(ids, logits.numel()).index_add(
                 0, torch.tensor(list(further), dtype=torch.long), torch.ones(len(further))
             )
             present = counts > 0
-            if p.repetition != 1:
+            if p.repetition_penalty != 1:
                 met = present.index_fill(0, self.prompt, True).to(device)
-                logits = torch.where(met, torch.where(logits > 0, logits / p.repetition, logits * p.repetition), logits)
-            logits -= (p.frequency * counts + p.presence * present).to(logits)
+                lower = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+                logits = torch.where(met, lower, logits)
+            logits -= (p.frequency_penalty * counts + p.presence_penalty * present).to(logits)
         if p.logit_bias:
             logits[self.biased.to(device)] += self.biases.to(logits)
         if len(ids) + len(further) < p.min_tokens:
@@ -114,32 +116,6 @@ class Processors:
             self.counts.index_add_(0, new, torch.ones(len(new)))
             self.counted = len(ids)
         return self.counts
-
-
-class Processed(Protocol):
-    """What is read of a request."""
-
-    ids: list[int]
-    processors: Processors | None
-
-
-def changes(requests: Sequence[Processed], further: Callable[[int], Sequence[Sequence[int]]]) -> Change | None:
-    """What the requests' processors make of logits (B, k, V); None where no request has any.
-
-    further(row): for each of its k places the tokens before it that are not committed yet.
-    """
-    if all(request.processors is None for request in requests):
-        return None
-
-    def change(logits: Tensor) -> Tensor:
-        changed = logits.clone()
-        for row, request in enumerate(requests):
-            if request.processors is not None:
-                for index, tokens in enumerate(further(row)):
-                    changed[row, index] = request.processors.apply(logits[row, index], request.ids, tokens)
-        return changed
-
-    return change
 
 
 def pick_targets(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from foretoken.processors import Processors
+from torch import Tensor
+
+from foretoken.processors import Change, Processors
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,22 @@ class Request:
     def length(self) -> int:
         """Prompt and committed tokens."""
         return len(self.prompt) + len(self.ids)
+
+
+def changes(requests: Sequence[Request], further: Callable[[int], Sequence[Sequence[int]]]) -> Change | None:
+    """What the requests' processors make of logits (B, k, V); None where no request has any.
+
+    further(row): for each of its k places the tokens before it that are not committed yet.
+    """
+    if all(request.processors is None for request in requests):
+        return None
+
+    def change(logits: Tensor) -> Tensor:
+        changed = logits.clone()
+        for row, request in enumerate(requests):
+            if request.processors is not None:
+                for index, tokens in enumerate(further(row)):
+                    changed[row, index] = request.processors.apply(logits[row, index], request.ids, tokens)
+        return changed
+
+    return change

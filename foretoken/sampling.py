@@ -58,11 +58,6 @@ class Sampling:
         """Whether drafts are drawn by themselves and accepted by rejection."""
         return self.accept == "rejection" and self.temperature > 0
 
-    @property
-    def filters(self) -> bool:
-        """Whether a token may be dropped, whatever its noise."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
 
 @dataclass(frozen=True)
 class Keys:
@@ -98,7 +93,7 @@ class Keys:
     def _streams(self) -> Tensor | None:
         """The noise of the target's tokens and, where it is another, of the drafts: (1 or 2, B, count, V)."""
         seeds, positions = self._places
-        streams = [seeds, seeds ^ _signed(DRAFT)] if self.rejection else [seeds]
+        streams = [seeds, seeds ^ _signed(DRAFT)] if self.sampling.rejects else [seeds]
         return keyed_noise(torch.stack(streams), positions, self.vocab_size, self.sampling)
 
     @property
@@ -106,11 +101,6 @@ class Keys:
         """Seeds (B, 1) and positions (B, count)."""
         seeds, first = (torch.as_tensor(given, device=self.device)[:, None] for given in (self.seeds, self.positions))
         return seeds, first + torch.arange(self.count, device=self.device)
-
-    @property
-    def rejection(self) -> bool:
-        """See `Sampling.rejects`."""
-        return self.sampling.rejects
 
     def behind(self, counts: Sequence[int], count: int) -> Keys:
         """Those of `count` tokens behind the next `counts` (B) ones."""
@@ -160,11 +150,6 @@ def widened(logits: Tensor, vocab_size: int) -> Tensor:
     """Logits (..., V) from those of the first tokens: the others are -inf, and never picked."""
     missing = vocab_size - logits.size(-1)
     return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
-
-
-def pick(logits: Tensor, positions: Tensor, seeds: Tensor, sampling: Sampling) -> Tensor:
-    """The tokens (...) that stand at `positions` (...), from logits (..., V) and seeds that broadcast to positions."""
-    return choose(logits, keyed_noise(seeds, positions, logits.size(-1), sampling), sampling)
 
 
 def keyed_noise(seeds: Tensor, positions: Tensor, vocab_size: int, sampling: Sampling) -> Tensor | None:

@@ -16,7 +16,7 @@ from foretoken import loss
 from foretoken.drafters import Source
 from foretoken.model import Model
 from foretoken.request import Request
-from foretoken.sampling import Sampling, pick
+from foretoken.sampling import Sampling, choose, keyed_noise
 
 ALPHA = 1e-4  # of every statistical check; their seeds are fixed
 
@@ -253,6 +253,11 @@ def with_heads(model: Model, n: int) -> Model:
     deeper = Model(model.config.model_copy(update={"n_future": n})).to(model.dtype)
     deeper.load_state_dict(model.state_dict())
     return deeper.eval()
+
+
+def pick(logits: Tensor, positions: Tensor, seeds: Tensor, sampling: Sampling) -> Tensor:
+    """The tokens (...) that stand at `positions` (...), from logits (..., V) and seeds that broadcast to positions."""
+    return choose(logits, keyed_noise(seeds, positions, logits.size(-1), sampling), sampling)
 
 
 @torch.no_grad()

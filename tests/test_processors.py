@@ -36,10 +36,10 @@ from foretoken.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 KINDS = ["parallel", "sequential"]
 END = 3
 PROCESSINGS = {
-    "repetition": Processing(repetition=1.8),
-    "presence": Processing(presence=3.0),
-    "frequency": Processing(frequency=1.5),
-    "negative": Processing(presence=-2.0, frequency=-0.5, repetition=0.7),
+    "repetition": Processing(repetition_penalty=1.8),
+    "presence": Processing(presence_penalty=3.0),
+    "frequency": Processing(frequency_penalty=1.5),
+    "negative": Processing(presence_penalty=-2.0, frequency_penalty=-0.5, repetition_penalty=0.7),
     "bias": Processing(logit_bias={1: 4.0, 5: float("-inf"), 8: -2.5}),
     "min_tokens": Processing(min_tokens=9),
     "all": Processing(1.3, 0.5, 0.25, {2: 1.0}, 5),
@@ -79,8 +79,8 @@ def slowly(logits: Sequence[float], processing: Processing, prompt: Sequence[int
     changed = []
     for token, x in enumerate(logits):
         if token in ids or token in prompt:
-            x = x / processing.repetition if x > 0 else x * processing.repetition
-        x -= processing.frequency * ids.count(token) + (processing.presence if token in ids else 0)
+            x = x / processing.repetition_penalty if x > 0 else x * processing.repetition_penalty
+        x -= processing.frequency_penalty * ids.count(token) + (processing.presence_penalty if token in ids else 0)
         x += processing.logit_bias.get(token, 0.0)
         if token == END and len(ids) < processing.min_tokens:
             x = float("-inf")

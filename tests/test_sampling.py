@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from invariants import ALPHA, Violation, follows, slow_probabilities
+from invariants import ALPHA, Violation, follows, pick, slow_probabilities
 from scipy.stats import chisquare, kstest
 
 from foretoken.errors import ConfigError
-from foretoken.sampling import Sampling, filtered, gumbel, pick
+from foretoken.sampling import Sampling, filtered, gumbel
 
 LOGITS = st.lists(st.integers(-64, 64).map(lambda x: x / 8), min_size=1, max_size=9)  # equal, or clearly not
 SAMPLINGS = st.builds(
