@@ -13,11 +13,6 @@ from foretoken.cli_common import device_of
 bench = typer.Typer(help="Time decoding, or training, beside other ways to do it, in one run.", rich_markup_mode=None)
 
 
-@bench.callback()
-def _group() -> None:
-    """Time decoding, or training, beside other ways to do it, in one run."""
-
-
 @bench.command("decode", epilog="Example: foretoken bench decode runs/demo --size 110m --out decode.json")
 def decode(
     checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint, decoded on held-out text.")] = None,

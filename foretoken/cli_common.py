@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,35 +16,6 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 def print_json(values: dict[str, Any]) -> None:
     """One JSON object, and nothing else, on standard output; null for a figure that is no number."""
     print(json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None)))
-
-
-def write(text: str) -> None:
-    """Text on standard output, at once, whatever its encoding."""
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.flush()
-
-
-def read_prompt(prompt: str | None, path: Path | None) -> str:
-    """The prompt given, or that of a file; - is standard input."""
-    from foretoken.errors import ConfigError
-
-    if (prompt is None) == (path is None):
-        raise ConfigError("give a prompt, or --prompt-file FILE")
-    if path is None:
-        assert prompt is not None
-        return prompt
-    return read_text(path)
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; - is standard input."""
-    from foretoken.errors import DataError
-
-    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
 
 
 def dtype_of(name: str) -> str | None:

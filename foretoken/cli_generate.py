@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from foretoken.cli_common import (
-    Checkpoint,
-    Device,
-    Dtype,
-    Json,
-    device_of,
-    dtype_of,
-    print_json,
-    read_prompt,
-    read_text,
-    write,
-)
+from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
 
 if TYPE_CHECKING:
     from foretoken.completion import Options
     from foretoken.model import Model
     from foretoken.tokenizer import Tokenizer
 
-Prompt = Annotated[str | None, typer.Argument(help="The text to continue.")]
-PromptFile = Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")]
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")]
 Accept = Annotated[
     str, typer.Option(help="keyed: drafts change no text; rejection: more drafts accepted, text of the same law.")
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")]
-MinTokens = Annotated[int, typer.Option(help="Do not end before so many tokens.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Make tokens of prompt and text less likely; 1 is off.")]
-PresencePenalty = Annotated[float, typer.Option(help="Taken from logits of the text's tokens.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="The same, once for each time they stand there.")]
 LogitBias = Annotated[list[str] | None, typer.Option(help="TOKEN_ID=BIAS, added to its logit; any number of times.")]
-JsonSchema = Annotated[Path | None, typer.Option(help="Text that follows the JSON schema in this file.")]
-Regex = Annotated[str, typer.Option(help="Text that follows this regular expression.")]
-Lark = Annotated[Path | None, typer.Option(help="Text that follows the Lark grammar in this file.")]
 Drafts = Annotated[int | None, typer.Option(help="Drafts per step; 0: plain decoding. Default: as many as pay.")]
 Nodes = Annotated[int | None, typer.Option(help="Drafts as a tree of so many places. Default: a chain, or what pays.")]
 DraftVocab = Annotated[
@@ -54,37 +29,35 @@ DraftVocab = Annotated[
 Lookup = Annotated[
     int, typer.Option(help="Draft what followed the last so many tokens before, not with heads; 0 is off.")
 ]
-DraftModel = Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Answer: the prompt is a user's message, for the chat template.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after what ends a text.")]
 
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read it from a file; - is standard input.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")] = 0.0,
     accept: Accept = "keyed",
-    seed: Seed = 0,
-    stop: Stop = None,
-    min_tokens: MinTokens = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text, however it is decoded.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; any number of times.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="Do not end before so many tokens.")] = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from logits of the text's tokens.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, once for each time they stand there.")] = 0.0,
     logit_bias: LogitBias = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = "",
-    lark: Lark = None,
+    json_schema: Annotated[Path | None, typer.Option(help="Text that follows the JSON schema in this file.")] = None,
+    regex: Annotated[str, typer.Option(help="Text that follows this regular expression.")] = "",
+    lark: Annotated[Path | None, typer.Option(help="Text that follows the Lark grammar in this file.")] = None,
     drafts: Drafts = None,
     nodes: Nodes = None,
     draft_vocab: DraftVocab = None,
     lookup: Lookup = 0,
-    draft_model: DraftModel = "",
-    ignore_eos: IgnoreEos = False,
+    draft_model: Annotated[str, typer.Option(help="Draft with another checkpoint, not with heads.")] = "",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after what ends a text.")] = False,
     chat: Chat = False,
     dtype: Dtype = "",
     device: Device = "auto",
@@ -154,3 +127,32 @@ def _biases(given: Sequence[str]) -> dict[int, float]:
         except ValueError:
             raise ConfigError(f"--logit-bias {word}: must be TOKEN_ID=BIAS, such as 42=-1.5") from None
     return biases
+
+
+def write(text: str) -> None:
+    """Text on standard output, at once, whatever its encoding."""
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+    sys.stdout.flush()
+
+
+def read_prompt(prompt: str | None, path: Path | None) -> str:
+    """The prompt given, or that of a file; - is standard input."""
+    from foretoken.errors import ConfigError
+
+    if (prompt is None) == (path is None):
+        raise ConfigError("give a prompt, or --prompt-file FILE")
+    if path is None:
+        assert prompt is not None
+        return prompt
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; - is standard input."""
+    from foretoken.errors import DataError
+
+    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None

@@ -14,11 +14,6 @@ importing = typer.Typer(help="Bring in a model with heads that another program m
 Out = Annotated[Path, typer.Argument(help="A new directory for the checkpoint.")]
 
 
-@importing.callback()
-def _group() -> None:
-    """Bring in a model with heads that another program made. Plain Hugging Face directories need no import."""
-
-
 @importing.command("meta", epilog="Example: foretoken import meta multi-token-prediction/7B_1T_4 7b-mtp")
 def import_meta(
     directory: Annotated[Path, typer.Argument(help="A folder with params.json and consolidated.pth.")],

@@ -265,8 +265,7 @@ def _first_problem(section: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         parent: Any = section
         for part in problem["loc"][:-1]:
-            annotation = parent.model_fields[str(part)].annotation if hasattr(parent, "model_fields") else None
-            parent = annotation
+            parent = parent.model_fields[str(part)].annotation if hasattr(parent, "model_fields") else None
         known = sorted(parent.model_fields) if hasattr(parent, "model_fields") else []
         return f"unknown key '{key}'" + (f"; known are {', '.join(known)}" if known else "")
     if problem["type"] == "missing":

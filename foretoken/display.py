@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from rich.console import Console, Group
@@ -23,7 +23,7 @@ HEAD_STYLES = ("default", "black on green3", "black on turquoise2", "black on or
 LINE_SECONDS = 10.0  # between two lines where standard error is not a terminal
 
 
-class Display:
+class Display(AbstractContextManager["Display"]):
     """Progress of one command. On a terminal it is redrawn in place, elsewhere a line appears now and then.
 
     quiet_text: print no results, for commands whose only standard output is one JSON object.
@@ -36,10 +36,7 @@ class Display:
         self.last_line = 0.0
         self.steps = 0
 
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end_live()
 
     def record(self, record: Record) -> None:

@@ -55,12 +55,9 @@ def _of_another(error: Exception, world: World) -> TrainingError | None:
         return None
     if word := _word(world):
         return TrainingError(word)
-    exchange = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return (
-        TrainingError(f"rank {world.rank} of {world.size}: another process has ended without a word")
-        if exchange
-        else None
-    )
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        return None
+    return TrainingError(f"rank {world.rank} of {world.size}: another process has ended without a word")
 
 
 def _leave_word(error: Exception, world: World) -> None:

@@ -7,9 +7,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def _means(sums: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
     return [value / count if count else None for value, count in zip(sums.tolist(), counts.tolist(), strict=True)]
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """A run's metrics.jsonl, and TensorBoard and Weights & Biases when the recipe asks for them.
 
     Records of steps after `step` are dropped first: a resumed run repeats them. silent: of processes but the first.
@@ -114,10 +113,7 @@ class MetricsLog:
         self.writers = [report, *(write for write, _ in extra)]
         self.closers = [close for _, close in extra]
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.silent:
             return
         for close in self.closers:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from foretoken.config import Recipe, validated
 from foretoken.errors import ConfigError
+
+RECIPES = Path(__file__).with_name("recipes")
 
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -24,26 +25,18 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    names = (entry.name for entry in _recipe_folder().iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def _recipe_folder() -> Any:
-    return resources.files("foretoken") / "recipes"
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def _read_toml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        elif name_or_path in shipped_recipes():
-            text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        else:
-            raise ConfigError(
-                f"no recipe '{name_or_path}': neither a file nor one of the shipped {', '.join(shipped_recipes())}"
-            )
-        return tomllib.loads(text)
+        if not path.is_file():
+            if name_or_path not in shipped_recipes():
+                names = ", ".join(shipped_recipes())
+                raise ConfigError(f"no recipe '{name_or_path}': neither a file nor one of the shipped {names}")
+            path = RECIPES / f"{name_or_path}.toml"
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {name_or_path}: not TOML: {error}") from None
     except OSError as error:

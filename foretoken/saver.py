@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from foretoken.provenance import Provenance
 from foretoken.tokenizer import Tokenizer
 
 
-class Saver:
+class Saver(AbstractContextManager["Saver"]):
     """Saves the checkpoints of the run in a folder, one write at a time; old ones go when a new one is complete.
 
     With `train.async_save`, `save` copies what is to be saved and returns while the first process's thread writes it.
@@ -30,9 +31,6 @@ class Saver:
         self.run, self.config, self.tokenizer, self.world = run, config, tokenizer, world
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
-
-    def __enter__(self) -> Saver:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.thread.shutdown()
