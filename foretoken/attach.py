@@ -107,7 +107,8 @@ def attach_heads(
 ) -> WithHeads:
     """Give a transformers causal language model heads 2..n_future (Gloeckle et al. 2024, or an EAGLE-3 layer).
 
-    unembedding: "per_head" gives each of them one of its own.
+    n_future: at least 2. head_kind: parallel, joint or sequential. unembedding: "per_head" gives each further head
+    one of its own. What is returned shares the model, which stays as it is.
     Raises ConfigError for a model without what heads need, CheckpointError for an architecture that is not supported.
     """
     _require_no_adapters(model)

@@ -137,8 +137,9 @@ def load_checkpoint(
 ) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, or of a run's newest one.
 
-    dtype: of the weights in memory, by default as stored. Loading is strict: a missing, extra or wrongly shaped tensor,
-    a file that is cut short or is not what foretoken.json recorded raises CheckpointError naming it.
+    dtype: of the weights in memory, such as "bfloat16", by default as stored. device: such as "cuda". Loading is
+    strict: a missing, extra or wrongly shaped tensor, a file that is cut short or is not what foretoken.json recorded
+    raises CheckpointError naming it.
     """
     folder = find_checkpoint(directory)
     model = load_model(folder, dtype, device)

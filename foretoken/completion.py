@@ -106,7 +106,12 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a prompt gave. logprobs are the target's, of the tokens in `ids`, before temperature and filters."""
+    """What a prompt gave.
+
+    text: without the prompt. ids: its tokens, with the one that ends it. logprobs: the target's natural logarithms,
+    of the tokens in `ids`, before temperature and filters. finish_reason: "stop" or "length". steps: one a forward
+    behind the prompt's.
+    """
 
     prompt: str
     text: str
@@ -153,8 +158,10 @@ def generate(
 ) -> Generation | list[Generation]:
     """Continue a prompt, or a list of prompts of any lengths, by at most `max_tokens` tokens each.
 
-    The output depends on the weights, the prompt, the sampling options and the seed; `drafts` changes the speed alone.
-    Raises ConfigError for options, or a prompt, that the model cannot run.
+    The output depends on the weights, the prompt, the sampling options and the seed; `drafts` changes the speed
+    alone, except under `accept="rejection"`. Returns a Generation, or of a list one for each prompt in its order.
+    Raises ConfigError for options or a prompt that the model cannot run, DataError for text without UTF-8 or for
+    `chat` without a template, CheckpointError where the model gives no numbers.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests, loop = begin(model, tokenizer, prompts, options)
@@ -169,7 +176,8 @@ def stream(
 ) -> Iterator[tuple[str, Generation | None]]:
     """As `generate` for one prompt, but yields pieces of text as they are settled; the last comes with the Generation.
 
-    The pieces joined are the Generation's text. A piece may hold several tokens.
+    The pieces joined are the Generation's text. A piece may hold several tokens. Raises as `generate`, on the first
+    one.
     """
     requests, loop = begin(model, tokenizer, [prompt], options)
     for _ in loop:

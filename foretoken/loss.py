@@ -29,9 +29,9 @@ def targets(
 ) -> Tensor:
     """What each head must predict at each position, or IGNORE where there is nothing to learn.
 
-    tokens, document_ids (int64) and label_mask (bool) are windows (B, T + n); document id -1 marks padding. The result
-    (n, B, T) holds at [d, b, t] the token at t + d + 1 if it exists, its label is not masked, and it lies in the same
-    document as position t; `across_documents` drops the last condition.
+    tokens, document_ids (int64) and label_mask (bool) are windows (B, T + n); document id -1 marks padding. The
+    result (n, B, T), int64, holds at [d, b, t] the token at t + d + 1 if it exists, its label is not masked, and it
+    lies in the same document as position t; `across_documents` drops the last condition.
     """
     T = tokens.size(1) - n
     assert T >= 1, f"a window of {tokens.size(1)} tokens has no position with {n} targets"
@@ -52,7 +52,7 @@ def valid_counts(labels: Tensor) -> Tensor:
 
 
 def scales(weights: Sequence[float], counts: Tensor) -> Tensor:
-    """Factor of each head's summed cross-entropy in the total: weight / count (n,), 0 for a head with no target."""
+    """Factor of each head's summed cross-entropy in the total: weight / count (n,) float64, 0 without a target."""
     return torch.tensor(list(weights), dtype=torch.float64) / counts.cpu().clamp(min=1)
 
 
@@ -80,7 +80,8 @@ def mtp_loss(
     `targets`; scales (n,) from `scales`. Gradients are computed while a chunk's logits are there, so nothing is
     computed twice and a weight has one gradient buffer for all its heads. Under autocast the products run in its type,
     which must not be float16; sums stay in float32. weight_learns_from: head 1's unembedding gets the gradients of so
-    many heads, the first; None: of all that share it. Others always learn.
+    many heads, the first; None: of all that share it. Others always learn. Returns the weighted total in nats, whose
+    backward can be called once, with what LossOutput says beside it.
     """
     weights, which = distinct(weight, len(hidden))
     dtype = product_dtype(weights[0])
@@ -272,8 +273,9 @@ def oracle_loss(
 ) -> Tensor:
     """The definition in plain loops over heads, rows and positions: slow, differentiable, shares no code with the rest.
 
-    hidden: n states (B, T, D); weight (V, D), or n of them; windows (B, T + n). Run it on a batch of your own to check
-    a loss.
+    hidden: n states (B, T, D); weight (V, D), or n of them; windows (B, T + n) as in `targets`; head_weights: n
+    numbers. Returns the weighted sum of the heads' mean cross-entropies, in nats. Run it on a batch of your own to
+    check a loss.
     """
     n, (B, T, _) = len(hidden), hidden[0].shape
     weights = [weight] * n if isinstance(weight, Tensor) else weight
