@@ -63,13 +63,10 @@ class GrammarMatcher:
         if self.matcher.is_error():
             return None
         further = [token for token in further if token not in self.ends]  # as `_follow` does
-        followed = self.matcher.try_consume_tokens(further)
-        fits = followed == len(further) and not self.matcher.is_stopped()
-        allowed = (
-            torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0 if fits else None
-        )
-        self.matcher.rollback(followed)
-        return allowed
+        trial = self.matcher.deep_copy() if further else self.matcher  # not every grammar can be rolled back
+        if trial.try_consume_tokens(further) < len(further) or trial.is_stopped():
+            return None
+        return torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
 
     def complete(self, ids: Sequence[int]) -> bool:
         """See `processors.Matcher`."""

@@ -310,6 +310,22 @@ def test_grammars(name: str) -> None:
         assert max(plain.ids) < tokenizer.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("lark", "right"),
+    [
+        ('start: a b\na[stop="c"]: /[a-c]*/\nb: "!" /[xy]{3}/', "[ab]*c![xy]{3}"),
+        ('start: a b\na[max_tokens=3]: /[a-c]*/\nb: "!" /[xy]{3}/', "[a-c]{0,3}![xy]{3}"),
+    ],
+    ids=["stop", "max_tokens"],
+)
+def test_grammars_that_cannot_be_rolled_back(lark: str, right: str) -> None:
+    for seed in range(3):
+        options: dict[str, Any] = {"lark": lark, "seed": seed, "temperature": 1.0, "max_tokens": 40}
+        plain = generate(TEXT, BYTES, "x", drafts=0, **options)
+        assert re.fullmatch(right, plain.text)
+        assert generate(TEXT, BYTES, "x", drafts=3, **options).ids == plain.ids
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_grammar_goes_before_bans(drafts: int) -> None:
     options: dict[str, Any] = {"regex": "ab[cd]|abef", "drafts": drafts, "temperature": 1.0}
