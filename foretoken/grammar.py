@@ -44,29 +44,30 @@ class Grammar:
             raise ConfigError(f"{kind}: {error}") from None
         if self.first.is_error():
             raise ConfigError(f"{kind}: {self.first.get_error()}")
+        self.kind = kind
 
     def matcher(self) -> GrammarMatcher:
         """One that stands before the first token of a text."""
-        return GrammarMatcher(self.first.deep_copy(), self.ends)
+        return GrammarMatcher(self.first.deep_copy(), self.ends, self.kind)
 
 
 class GrammarMatcher:
-    """See `processors.Matcher`."""
+    """See `processors.Matcher`. Raises ConfigError where a text comes to a limit of the library."""
 
-    def __init__(self, matcher: Any, ends: set[int]) -> None:
-        self.matcher, self.ends = matcher, ends
+    def __init__(self, matcher: Any, ends: set[int], kind: str) -> None:
+        self.matcher, self.ends, self.kind = matcher, ends, kind
         self.read = 0
+        self._check()
 
     def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
         """See `processors.Matcher`."""
         self._follow(ids)
-        if self.matcher.is_error():
-            return None
         further = [token for token in further if token not in self.ends]  # as `_follow` does
         trial = self.matcher.deep_copy() if further else self.matcher  # not every grammar can be rolled back
         if trial.try_consume_tokens(further) < len(further) or trial.is_stopped():
             return None
-        return torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
+        allowed = torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
+        return None if trial.is_error() else allowed
 
     def complete(self, ids: Sequence[int]) -> bool:
         """See `processors.Matcher`."""
@@ -77,4 +78,12 @@ class GrammarMatcher:
         for token in ids[self.read :]:
             if token not in self.ends:
                 self.matcher.consume_token(token)
+                self._check()
         self.read = len(ids)
+
+    def _check(self) -> None:
+        """What comes next, too, may go beyond a limit: seen here, it is seen whether drafts were tried there or not."""
+        if not self.matcher.is_stopped():
+            self.matcher.compute_logit_bias()
+        if self.matcher.is_error():
+            raise ConfigError(f"{self.kind}: {self.matcher.get_error().splitlines()[0]}")

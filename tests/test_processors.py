@@ -326,6 +326,18 @@ def test_grammars_that_cannot_be_rolled_back(lark: str, right: str) -> None:
         assert generate(TEXT, BYTES, "x", drafts=3, **options).ids == plain.ids
 
 
+def test_a_grammar_beyond_the_librarys_limits() -> None:
+    """Behind four tokens 2,100 rules are open; a draft that leads there says nothing of the text."""
+    rules = "".join(f'\nr{i}: c "{i}"' for i in range(2100))
+    lark = f'start: c c c c (t | "!")\nc: "a" | "b"\nt: {" | ".join(f"r{i}" for i in range(2100))}{rules}'
+    for drafts in (0, 3):
+        with pytest.raises(ConfigError, match=r"^lark: Parser Error: Current row has \d+ items; max is 2000; .*$"):
+            generate(TEXT, BYTES, "x", lark=lark, drafts=drafts)
+    matcher = Grammar(BYTES, "lark", lark).matcher()
+    assert matcher.mask([97, 97], [97, 97]) is None
+    assert matcher.mask([97, 97], [97]) is not None
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_grammar_goes_before_bans(drafts: int) -> None:
     options: dict[str, Any] = {"regex": "ab[cd]|abef", "drafts": drafts, "temperature": 1.0}
@@ -352,9 +364,9 @@ def test_a_grammar_that_forgets_its_drafts_is_caught(monkeypatch: pytest.MonkeyP
     from foretoken.grammar import GrammarMatcher
 
     real = GrammarMatcher.mask
-    plain = generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=0)
     monkeypatch.setattr(GrammarMatcher, "mask", lambda own, ids, further: real(own, ids, ()))
-    assert generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3).ids != plain.ids
+    with pytest.raises(ConfigError, match="json_schema: Parser Error: token .* doesn't satisfy the grammar"):
+        generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3)
 
 
 def test_min_tokens_holds_off_every_end() -> None:
