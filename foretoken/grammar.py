@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.chat import end_ids
 from foretoken.errors import ConfigError
 from foretoken.tokenizer import Tokenizer
 
@@ -34,11 +35,11 @@ class Grammar:
         }
         if kind == "json_schema":
             text = text if isinstance(text, str) else json.dumps(text)
-        if tokenizer.eos_id is None:  # the library would take token 0
+        self.ends = end_ids(tokenizer)
+        if not self.ends:  # the library would take token 0
             raise ConfigError(f"{kind}: a grammar needs a tokenizer that has an end-of-text token")
-        self.ends = {tokenizer.eos_id}
         try:
-            vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
+            vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=self.ends[0])
             self.first = LLMatcher(vocabulary, readers[kind](text), log_level=0)
         except ValueError as error:
             raise ConfigError(f"{kind}: {error}") from None
@@ -54,7 +55,7 @@ class Grammar:
 class GrammarMatcher:
     """See `processors.Matcher`. Raises ConfigError where a text comes to a limit of the library."""
 
-    def __init__(self, matcher: Any, ends: set[int], kind: str) -> None:
+    def __init__(self, matcher: Any, ends: Sequence[int], kind: str) -> None:
         self.matcher, self.ends, self.kind = matcher, ends, kind
         self.read = 0
         self._check()
@@ -67,6 +68,7 @@ class GrammarMatcher:
         if trial.try_consume_tokens(further) < len(further) or trial.is_stopped():
             return None
         allowed = torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
+        allowed[[*self.ends]] |= allowed[self.ends[0]]  # the library knows one of them
         return None if trial.is_error() else allowed
 
     def complete(self, ids: Sequence[int]) -> bool:

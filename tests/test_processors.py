@@ -365,7 +365,7 @@ def test_a_grammar_that_forgets_its_drafts_is_caught(monkeypatch: pytest.MonkeyP
 
     real = GrammarMatcher.mask
     monkeypatch.setattr(GrammarMatcher, "mask", lambda own, ids, further: real(own, ids, ()))
-    with pytest.raises(ConfigError, match="json_schema: Parser Error: token .* doesn't satisfy the grammar"):
+    with pytest.raises(ConfigError, match=r"json_schema: Parser Error: token .* doesn't satisfy the grammar"):
         generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3)
 
 
@@ -407,6 +407,17 @@ def test_a_grammar_goes_on_where_the_end_of_text_ends_nothing() -> None:
         plain, drafted = (generate(TEXT, BYTES, "x", seed=seed, drafts=drafts, **options) for drafts in (0, 3))
         assert drafted.ids == plain.ids
         assert {*plain.ids} == {97, 257}
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_every_end_ends_a_grammar(drafts: int) -> None:
+    """Eos, the end of a turn, and what else the model lists."""
+    template = "{% for m in messages %}{{ m.content }}<|unused|>{% endfor %}"
+    tokenizer = dataclasses.replace(BYTES, chat_template=template, further_ends=(258,))
+    for end in (257, 258, 259):
+        options: dict[str, Any] = {"temperature": 1.0, "logit_bias": {end: 30.0, 97: 30.0}, "drafts": drafts}
+        found = generate(TEXT, tokenizer, "x", regex="a+", **options)
+        assert (found.ids[-1], {*found.text}, found.finish_reason) == (end, {"a"}, "stop")
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
