@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.chat import end_ids
 from foretoken.errors import ConfigError
 from foretoken.tokenizer import Tokenizer
 
@@ -34,42 +35,41 @@ class Grammar:
         }
         if kind == "json_schema":
             text = text if isinstance(text, str) else json.dumps(text)
-        if tokenizer.eos_id is None:  # the library would take token 0
+        self.ends = end_ids(tokenizer)
+        if not self.ends:  # the library would take token 0
             raise ConfigError(f"{kind}: a grammar needs a tokenizer that has an end-of-text token")
-        self.ends = {tokenizer.eos_id}
         try:
-            vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
+            vocabulary = LLTokenizer(tokenizer.backend.to_str(), eos_token=self.ends[0])
             self.first = LLMatcher(vocabulary, readers[kind](text), log_level=0)
         except ValueError as error:
             raise ConfigError(f"{kind}: {error}") from None
         if self.first.is_error():
             raise ConfigError(f"{kind}: {self.first.get_error()}")
+        self.kind = kind
 
     def matcher(self) -> GrammarMatcher:
         """One that stands before the first token of a text."""
-        return GrammarMatcher(self.first.deep_copy(), self.ends)
+        return GrammarMatcher(self.first.deep_copy(), self.ends, self.kind)
 
 
 class GrammarMatcher:
-    """See `processors.Matcher`."""
+    """See `processors.Matcher`. Raises ConfigError where a text comes to a limit of the library."""
 
-    def __init__(self, matcher: Any, ends: set[int]) -> None:
-        self.matcher, self.ends = matcher, ends
+    def __init__(self, matcher: Any, ends: Sequence[int], kind: str) -> None:
+        self.matcher, self.ends, self.kind = matcher, ends, kind
         self.read = 0
+        self._check()
 
     def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
         """See `processors.Matcher`."""
         self._follow(ids)
-        if self.matcher.is_error():
-            return None
         further = [token for token in further if token not in self.ends]  # as `_follow` does
-        followed = self.matcher.try_consume_tokens(further)
-        fits = followed == len(further) and not self.matcher.is_stopped()
-        allowed = (
-            torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0 if fits else None
-        )
-        self.matcher.rollback(followed)
-        return allowed
+        trial = self.matcher.deep_copy() if further else self.matcher  # not every grammar can be rolled back
+        if trial.try_consume_tokens(further) < len(further) or trial.is_stopped():
+            return None
+        allowed = torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
+        allowed[[*self.ends]] |= allowed[self.ends[0]]  # the library knows one of them
+        return None if trial.is_error() else allowed
 
     def complete(self, ids: Sequence[int]) -> bool:
         """See `processors.Matcher`."""
@@ -80,4 +80,12 @@ class GrammarMatcher:
         for token in ids[self.read :]:
             if token not in self.ends:
                 self.matcher.consume_token(token)
+                self._check()
         self.read = len(ids)
+
+    def _check(self) -> None:
+        """What comes next, too, may go beyond a limit: seen here, it is seen whether drafts were tried there or not."""
+        if not self.matcher.is_stopped():
+            self.matcher.compute_logit_bias()
+        if self.matcher.is_error():
+            raise ConfigError(f"{self.kind}: {self.matcher.get_error().splitlines()[0]}")

@@ -253,7 +253,7 @@ def _accepted(
     found = F.pad(tokens[:, 1:] == picked[:, parents[1:]], (1, 0), value=True)
     own = (seen[:, None] >> node & 1) > 0  # (T, T)
     accepted = ~(own & ~found[:, None]).any(-1)  # (B, T): all on the way to a node were found
-    path = ((accepted[:, None] & (depths == node[:, None])) * node).sum(-1)
+    path = ((accepted[:, None] & (depths == node[:, None])) * node).amax(-1)  # one a depth, but in unused rows
     return picked, accepted.sum(-1) - 1, path
 
 

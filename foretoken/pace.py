@@ -33,9 +33,9 @@ LOOK_EVERY = 32  # choices, one of which is that all tokens may be drafted
 class Pace:
     """Chooses K from costs[K], seconds of a step with K drafts, and from what `record` has seen.
 
-    row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children, which is
-    where one pass makes all drafts. spared: seconds that a step of the most drafts is shorter by when they are among so
-    many first tokens. draft_vocab: how many are taken; None is all.
+    row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children. spared:
+    seconds that a step of the most drafts is shorter by when they are among so many first tokens. draft_vocab: how many
+    are taken; None is all.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class Pace:
         return held / seen
 
     def cost(self, drafts: int, draft_vocab: int | None) -> float:
-        """Seconds of a step with so many drafts among so many first tokens."""
-        passes = min(drafts, 1) if self.branching else drafts / max(1, len(self.costs) - 1)
-        return self.costs[drafts] - self.spared.get(draft_vocab, 0.0) * passes
+        """Seconds of a step with so many drafts among so many first tokens: fewer drafts spare in proportion."""
+        spared = self.spared.get(draft_vocab, 0.0) * drafts / max(1, len(self.costs) - 1)
+        return max(self.costs[0], self.costs[drafts] - spared)
 
     def speed(self, drafts: int, draft_vocab: int | None, doubt: float = 0.0) -> float:
         """Expected tokens per second."""

@@ -92,6 +92,17 @@ def test_trees(kind: str, sampling: Sampling) -> None:
         same_steps(decoded(model, drafts, sampling, nodes, slots), decoded(slow, drafts, sampling, nodes, slots), 1e-9)
 
 
+def test_candidates_that_are_one_token() -> None:
+    """Rows that no request uses hold zeros alone; where 0 follows 0, several nodes of a depth are accepted there."""
+    model = with_graphs(small("parallel", n_future=3))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    requests = [Request([3, 1, 4], limit) for limit in (9, 9, 9, 5)]
+    for _ in decode(model, requests, Sampling(), 2, nodes=9):
+        pass
+    assert [request.ids for request in requests] == [[0] * limit for limit in (9, 9, 9, 5)]
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_among_the_first_tokens(kind: str, sampling: Sampling) -> None:

@@ -310,6 +310,34 @@ def test_grammars(name: str) -> None:
         assert max(plain.ids) < tokenizer.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("lark", "right"),
+    [
+        ('start: a b\na[stop="c"]: /[a-c]*/\nb: "!" /[xy]{3}/', "[ab]*c![xy]{3}"),
+        ('start: a b\na[max_tokens=3]: /[a-c]*/\nb: "!" /[xy]{3}/', "[a-c]{0,3}![xy]{3}"),
+    ],
+    ids=["stop", "max_tokens"],
+)
+def test_grammars_that_cannot_be_rolled_back(lark: str, right: str) -> None:
+    for seed in range(3):
+        options: dict[str, Any] = {"lark": lark, "seed": seed, "temperature": 1.0, "max_tokens": 40}
+        plain = generate(TEXT, BYTES, "x", drafts=0, **options)
+        assert re.fullmatch(right, plain.text)
+        assert generate(TEXT, BYTES, "x", drafts=3, **options).ids == plain.ids
+
+
+def test_a_grammar_beyond_the_librarys_limits() -> None:
+    """Behind four tokens 2,100 rules are open; a draft that leads there says nothing of the text."""
+    rules = "".join(f'\nr{i}: c "{i}"' for i in range(2100))
+    lark = f'start: c c c c (t | "!")\nc: "a" | "b"\nt: {" | ".join(f"r{i}" for i in range(2100))}{rules}'
+    for drafts in (0, 3):
+        with pytest.raises(ConfigError, match=r"^lark: Parser Error: Current row has \d+ items; max is 2000; .*$"):
+            generate(TEXT, BYTES, "x", lark=lark, drafts=drafts)
+    matcher = Grammar(BYTES, "lark", lark).matcher()
+    assert matcher.mask([97, 97], [97, 97]) is None
+    assert matcher.mask([97, 97], [97]) is not None
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_grammar_goes_before_bans(drafts: int) -> None:
     options: dict[str, Any] = {"regex": "ab[cd]|abef", "drafts": drafts, "temperature": 1.0}
@@ -336,9 +364,9 @@ def test_a_grammar_that_forgets_its_drafts_is_caught(monkeypatch: pytest.MonkeyP
     from foretoken.grammar import GrammarMatcher
 
     real = GrammarMatcher.mask
-    plain = generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=0)
     monkeypatch.setattr(GrammarMatcher, "mask", lambda own, ids, further: real(own, ids, ()))
-    assert generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3).ids != plain.ids
+    with pytest.raises(ConfigError, match=r"json_schema: Parser Error: token .* doesn't satisfy the grammar"):
+        generate(TEXT, BYTES, "x", json_schema=SCHEMA, drafts=3)
 
 
 def test_min_tokens_holds_off_every_end() -> None:
@@ -379,6 +407,17 @@ def test_a_grammar_goes_on_where_the_end_of_text_ends_nothing() -> None:
         plain, drafted = (generate(TEXT, BYTES, "x", seed=seed, drafts=drafts, **options) for drafts in (0, 3))
         assert drafted.ids == plain.ids
         assert {*plain.ids} == {97, 257}
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_every_end_ends_a_grammar(drafts: int) -> None:
+    """Eos, the end of a turn, and what else the model lists."""
+    template = "{% for m in messages %}{{ m.content }}<|unused|>{% endfor %}"
+    tokenizer = dataclasses.replace(BYTES, chat_template=template, further_ends=(258,))
+    for end in (257, 258, 259):
+        options: dict[str, Any] = {"temperature": 1.0, "logit_bias": {end: 30.0, 97: 30.0}, "drafts": drafts}
+        found = generate(TEXT, tokenizer, "x", regex="a+", **options)
+        assert (found.ids[-1], {*found.text}, found.finish_reason) == (end, {"a"}, "stop")
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
