@@ -19,11 +19,13 @@ from invariants import (
     speculative_is_plain,
     target_logits,
 )
+from tokenizer_twins import LLAMA_2_FIRST, llama_2
 
-from foretoken.completion import Generation, generate, stream
+from foretoken.completion import Generation, TextRequest, generate, stream
 from foretoken.decode import decode
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.processors import Processing, Processors
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
@@ -331,6 +333,29 @@ def test_the_first_of_several_stops_ends(oracle_text: tuple[str, Generation]) ->
     assert (found.ids, found.text) == (plain.ids[:12], plain.text[:9])
     same = generate(TEXT, BYTES, prompt, max_tokens=30, stop="never to be seen", drafts=3)
     assert (same.text, same.finish_reason) == (plain.text, "length")
+
+
+@pytest.mark.parametrize(
+    ("stop", "least", "text", "count"),
+    [
+        ("\n", 0, "a", 2),
+        ("\n\n", 0, "a", 3),
+        ("\né", 0, "a\n\n", 6),
+        ("\n", 3, "a\n", 3),
+        ("\ufffd", 0, "a\n\n\néa", 7),
+    ],
+)
+def test_stop_strings_of_byte_tokens(stop: str, least: int, text: str, count: int) -> None:
+    """A decoder holds a run of byte tokens back, whose end may spoil it; what stands there already is searched."""
+    tokenizer = llama_2([*LLAMA_2_FIRST, "a"], [])
+    request = TextRequest([1], 9, decoder=tokenizer.stream(), stop=(stop,))
+    request.processors = Processors(Processing(min_tokens=least), [1], [])
+    shown = ""
+    for byte in "a\n\n\néa".encode():
+        if request.finish_reason is None:
+            request.commit(259 if byte == 97 else 3 + byte, 0.0)
+            shown += request.release()
+    assert (len(request.ids), request.text, shown) == (count, text, text)
 
 
 def test_end_of_text_token_shows_no_text() -> None:
