@@ -116,10 +116,7 @@ class Batch:
         # The last step may begin one token before the end, accept K drafts and draft K more.
         capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1 + (nodes or MOST_NODES)
         self.drafter = make_drafter(self.stepper, drafts, rows, capacity, source)
-        self.draft_vocab = draft_vocab
-        if self.pace is not None and self.adaptive:
-            self.drafter.drafts = self.pace.begin(drafts)
-        self.grow()
+        self.most, self.draft_vocab = drafts, draft_vocab
         self.tree: Tree | None = None  # the shape of what is drafted
         self.among: int | None = None  # and of how many first tokens it is
         self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
@@ -142,6 +139,10 @@ class Batch:
 
     def prefill(self, request: Request) -> tuple[KVCache, Tensor, Tensor]:
         """Run the model on a request's prompt, alone: its row, and what `Stepper.forward` returns."""
+        if not self.requests:  # no row's caches are behind: heads that have stopped can come back
+            if self.pace is not None and self.adaptive:
+                self.drafter.drafts = self.pace.begin(self.most)
+            self.grow()
         row = self.cache.vacant()
         prompt = torch.tensor([request.prompt], device=self.model.device)
         return row, *self.stepper.forward(prompt, row, self.drafter.heads, last=True)
