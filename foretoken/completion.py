@@ -212,7 +212,7 @@ def begin(
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
-    if not -(1 << 63) <= seed < (1 << 63) - len(prompts):
+    if not -(1 << 63) <= seed <= (1 << 63) - len(prompts):  # the last prompt's fits, too
         raise ConfigError(f"seed = {seed} does not fit 64 bits")
     if not all(stops):
         raise ConfigError("a stop string must not be empty")

@@ -451,7 +451,7 @@ def test_several_stops_never_take_text_back() -> None:
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"batch_size": 0}, "batch_size = 0"),
-        ({"seed": 1 << 63}, "does not fit 64 bits"),
+        ({"seed": (1 << 63) - 1}, "does not fit 64 bits"),  # of the second prompt
     ],
 )
 def test_bad_options_are_one_line(options: dict[str, object], says: str) -> None:
@@ -475,3 +475,4 @@ def test_a_prompt_that_fills_the_model_exactly_is_fine() -> None:
 def test_seeds_reach_the_ends_of_int64() -> None:
     outputs = [run(VAGUE, [[1, 2]], 3, Sampling(1.0), seeds=[seed])[0].ids for seed in (-(2**63), -1, 0, 2**63 - 1)]
     assert all(a != b for a, b in pairwise(outputs))
+    assert generate(TEXT, BYTES, ["fine", "hello"], seed=2**63 - 2, max_tokens=2)[1].seed == 2**63 - 1
