@@ -439,6 +439,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"lark": "start: nothing"}, "lark: "),
     ({"json_schema": "{"}, "json_schema: "),
     ({"json_schema": ""}, "json_schema: "),
+    ({"json_schema": "true"}, "json_schema: a schema is an object, as {} is for any JSON, and not 'true'"),
     ({"lark": ""}, "lark: "),
     ({"json_schema": {"type": "no such type"}}, "json_schema: "),
     ({"regex": "a", "lark": 'start: "a"'}, "only one of them"),
