@@ -62,6 +62,7 @@ class TextRequest(Request):
     stop: tuple[str, ...] = ()
     text: str = ""
     released: int = 0
+    searched: int = 0
     read: int = 0
 
     def commit(self, token: int, logprob: float) -> None:
@@ -69,23 +70,26 @@ class TextRequest(Request):
         super().commit(token, logprob)
         if not self.stop:
             return
-        searched = len(self.text)
-        self.read_on()
+        text, searched = self.read_on(), self.searched
+        self.searched = max(searched, len(text))
         if self.processors and len(self.ids) < self.processors.processing.min_tokens:
             return
-        found = [at for s in self.stop if (at := self.text.find(s, max(0, searched - len(s) + 1))) >= 0]
+        found = [at for s in self.stop if (at := text.find(s, max(0, searched - len(s) + 1))) >= 0]
         if found:
-            self.text, self.finish_reason = self.text[: min(found)], "stop"
+            self.text, self.finish_reason = text[: min(found)], "stop"
 
-    def read_on(self) -> None:
-        """Make `text` that of all ids so far."""
+    def read_on(self) -> str:
+        """Make `text` that of all ids so far; returns it with what waits, but an unfinished character."""
         assert self.decoder is not None
         for token in self.ids[self.read :]:
             if token not in self.end_ids:
                 self.text += self.decoder.push(token)
         self.read = len(self.ids)
-        if self.finish_reason is not None:
-            self.text += self.decoder.finish()
+        waiting = self.decoder.finish()
+        if self.finish_reason is None:
+            return self.text + waiting.rstrip("\ufffd")
+        self.text += waiting
+        return self.text
 
     def release(self) -> str:
         """Text that can be shown: all that is new, less a tail that may yet become a stop string."""
@@ -212,7 +216,7 @@ def begin(
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
-    if not -(1 << 63) <= seed < (1 << 63) - len(prompts):
+    if not -(1 << 63) <= seed <= (1 << 63) - len(prompts):  # the last prompt's fits, too
         raise ConfigError(f"seed = {seed} does not fit 64 bits")
     if not all(stops):
         raise ConfigError("a stop string must not be empty")

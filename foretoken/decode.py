@@ -115,10 +115,7 @@ class Batch:
         # The last step may begin one token before the end, accept K drafts and draft K more.
         capacity = max(len(r.prompt) + r.max_tokens for r in requests) + 2 * drafts + 1 + (nodes or MOST_NODES)
         self.drafter = make_drafter(self.stepper, drafts, rows, capacity, source)
-        self.draft_vocab = draft_vocab
-        if self.pace is not None and self.adaptive:
-            self.drafter.drafts = self.pace.begin(drafts)
-        self.grow()
+        self.most, self.draft_vocab = drafts, draft_vocab
         self.tree: Tree | None = None  # the shape of what is drafted
         self.among: int | None = None  # and of how many first tokens it is
         self.cache = self.stepper.new_cache(rows, capacity, self.drafter.heads)
@@ -141,6 +138,10 @@ class Batch:
 
     def prefill(self, request: Request) -> tuple[KVCache, Tensor, Tensor]:
         """Run the model on a request's prompt, alone: its row, and what `Stepper.forward` returns."""
+        if not self.requests:  # no row's caches are behind: heads that have stopped can come back
+            if self.pace is not None and self.adaptive:
+                self.drafter.drafts = self.pace.begin(self.most)
+            self.grow()
         row = self.cache.vacant()
         prompt = torch.tensor([request.prompt], device=self.model.device)
         return row, *self.stepper.forward(prompt, row, self.drafter.heads, last=True)
@@ -195,7 +196,7 @@ class Batch:
 
 def check_requests(model: Model, requests: Sequence[Request], drafts: int | None, source: Source = None) -> None:
     """Raises ConfigError for a K or a prompt that the model cannot run."""
-    n, limit = model.config.n_future, model.config.max_position_embeddings
+    n, limit, whose = model.config.n_future, model.config.max_position_embeddings, "model"
     drafts = drafts or 0
     if not (source is None or isinstance(source, Lookup | Model)):
         raise ConfigError(f"drafts come from a Model or a Lookup, and not from {source!r:.80}")
@@ -205,10 +206,11 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
                 f"the draft model has {source.config.vocab_size} tokens, the model {model.config.vocab_size}: "
                 "they must be the same ones"
             )
-        limit = min(limit, source.config.max_position_embeddings)
+        if source.config.max_position_embeddings < limit:
+            limit, whose = source.config.max_position_embeddings, "draft model"
     if (model.config.goes_on or source is not None) and not 0 <= drafts < limit:
         raise ConfigError(
-            f"drafts = {drafts}, but a model of {limit} positions drafts 0 to {limit - 1} tokens per step"
+            f"drafts = {drafts}, but a {whose} of {limit} positions drafts 0 to {limit - 1} tokens per step"
         )
     if not model.config.goes_on and source is None and not 0 <= drafts < n:
         raise ConfigError(f"drafts = {drafts}, but a model with {n} heads drafts 0 to {n - 1} tokens per step")
@@ -219,7 +221,7 @@ def check_requests(model: Model, requests: Sequence[Request], drafts: int | None
             raise ConfigError(f"the prompt holds a token that is none of the model's {model.config.vocab_size}")
         if len(request.prompt) + request.max_tokens > limit:
             raise ConfigError(
-                f"prompt of {len(request.prompt)} tokens + {request.max_tokens} new ones exceed the model's "
+                f"prompt of {len(request.prompt)} tokens + {request.max_tokens} new ones exceed the {whose}'s "
                 f"{limit} positions; lower max_tokens or shorten the prompt"
             )
 

@@ -171,7 +171,7 @@ class Drafter:
         """The first half of `turn` in PyTorch; what the forward returned stands along the accepted nodes."""
         stepper, device, count = self.stepper, self.stepper.model.device, len(tokens[0])
         hidden, z = stepper.forward(torch.tensor(tokens, device=device), cache, self.heads, tree)
-        if keys.sampling.rejects and self.proposed is not None:
+        if keys.sampling.rejects and self.proposed is not None and count > 1:
             drafted = torch.tensor([row[1:] for row in tokens], device=device)
             picked, logprobs, counts = stepper.reject(hidden[0], drafted, self.proposed, keys, change)
             return picked, logprobs, [list(range(right + 1)) for right in counts], hidden, z

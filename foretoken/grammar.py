@@ -35,6 +35,8 @@ class Grammar:
         }
         if kind == "json_schema":
             text = text if isinstance(text, str) else json.dumps(text)
+            if not text.lstrip().startswith("{"):
+                raise ConfigError(f"json_schema: a schema is an object, as {{}} is for any JSON, and not {text!r:.80}")
         self.ends = end_ids(tokenizer)
         if not self.ends:  # the library would take token 0
             raise ConfigError(f"{kind}: a grammar needs a tokenizer that has an end-of-text token")

@@ -161,6 +161,8 @@ class TextStream:
 
     def finish(self) -> str:
         """What still waits, an unfinished character as U+FFFD."""
+        if not self._waiting:
+            return ""
         before = self._backend.decode(self._given, skip_special_tokens=False)
         after = self._backend.decode(self._given + self._waiting, skip_special_tokens=False)
         return after[len(before) :]

@@ -19,11 +19,13 @@ from invariants import (
     speculative_is_plain,
     target_logits,
 )
+from tokenizer_twins import LLAMA_2_FIRST, llama_2
 
-from foretoken.completion import Generation, generate, stream
+from foretoken.completion import Generation, TextRequest, generate, stream
 from foretoken.decode import decode
 from foretoken.errors import ConfigError
 from foretoken.model import Model
+from foretoken.processors import Processing, Processors
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tokenizer import byte_tokenizer
@@ -333,6 +335,29 @@ def test_the_first_of_several_stops_ends(oracle_text: tuple[str, Generation]) ->
     assert (same.text, same.finish_reason) == (plain.text, "length")
 
 
+@pytest.mark.parametrize(
+    ("stop", "least", "text", "count"),
+    [
+        ("\n", 0, "a", 2),
+        ("\n\n", 0, "a", 3),
+        ("\né", 0, "a\n\n", 6),
+        ("\n", 3, "a\n", 3),
+        ("\ufffd", 0, "a\n\n\néa", 7),
+    ],
+)
+def test_stop_strings_of_byte_tokens(stop: str, least: int, text: str, count: int) -> None:
+    """A decoder holds a run of byte tokens back, whose end may spoil it; what stands there already is searched."""
+    tokenizer = llama_2([*LLAMA_2_FIRST, "a"], [])
+    request = TextRequest([1], 9, decoder=tokenizer.stream(), stop=(stop,))
+    request.processors = Processors(Processing(min_tokens=least), [1], [])
+    shown = ""
+    for byte in "a\n\n\néa".encode():
+        if request.finish_reason is None:
+            request.commit(259 if byte == 97 else 3 + byte, 0.0)
+            shown += request.release()
+    assert (len(request.ids), request.text, shown) == (count, text, text)
+
+
 def test_end_of_text_token_shows_no_text() -> None:
     model = text_model()
     plain = generate(model, BYTES, "hello", max_tokens=30, drafts=0)
@@ -426,7 +451,7 @@ def test_several_stops_never_take_text_back() -> None:
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"batch_size": 0}, "batch_size = 0"),
-        ({"seed": 1 << 63}, "does not fit 64 bits"),
+        ({"seed": (1 << 63) - 1}, "does not fit 64 bits"),  # of the second prompt
     ],
 )
 def test_bad_options_are_one_line(options: dict[str, object], says: str) -> None:
@@ -450,3 +475,4 @@ def test_a_prompt_that_fills_the_model_exactly_is_fine() -> None:
 def test_seeds_reach_the_ends_of_int64() -> None:
     outputs = [run(VAGUE, [[1, 2]], 3, Sampling(1.0), seeds=[seed])[0].ids for seed in (-(2**63), -1, 0, 2**63 - 1)]
     assert all(a != b for a, b in pairwise(outputs))
+    assert generate(TEXT, BYTES, ["fine", "hello"], seed=2**63 - 2, max_tokens=2)[1].seed == 2**63 - 1

@@ -160,8 +160,11 @@ def test_text_in_and_out() -> None:
 
 def test_mistakes() -> None:
     model, tokenizer = tiny_model(vocab=260, dtype=torch.float32), byte_tokenizer()
+    short = tiny_model(vocab=260, dtype=torch.float32, max_position_embeddings=8)
     for options, part in (
         ({"draft_model": small()}, "the draft model has 17 tokens, the model 260"),
+        ({"draft_model": short, "max_tokens": 9}, "2 tokens + 9 new ones exceed the draft model's 8 positions"),
+        ({"draft_model": short, "max_tokens": 2, "drafts": 8}, "a draft model of 8 positions drafts 0 to 7"),
         ({"draft_model": model, "lookup": 2}, "only one of them"),
         ({"lookup": -1}, "lookup = -1 must be at least 1 token"),
         ({"draft_vocab": 0}, "draft_vocab = 0 must lie between 1 and the model's 260 tokens"),

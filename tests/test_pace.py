@@ -12,8 +12,10 @@ from test_decode import CONFIDENT, PROMPTS, VAGUE
 
 from foretoken import decode as decoding
 from foretoken import drafters
+from foretoken.decode import decode
 from foretoken.drafters import step_pace
 from foretoken.pace import PROBE_EVERY, Pace, measured_costs, never_falling
+from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tree import Tree, chain
 
@@ -210,6 +212,20 @@ def test_the_pace_follows_what_is_accepted(oracle_drafter: Oracle, monkeypatch: 
         (request,) = run(CONFIDENT, [PROMPTS[0]], None, max_tokens=60)
         assert request.ids == plain[tuple(PROMPTS[0])]
         assert len(request.steps[-1].drafted) == wanted
+
+
+def test_one_prompt_does_not_end_drafting_for_a_list(oracle_drafter: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are in use heads that have stopped cannot come back; between two prompts they can."""
+    plain = {tuple(r.prompt): r.ids for r in run(CONFIDENT, PROMPTS[:3], 0, max_tokens=90)}
+    pace = Pace([1.0, 1.3, 1.6, 1.9])
+    monkeypatch.setattr(decoding, "step_pace", lambda *_: pace)
+    bad = tuple(PROMPTS[1])
+    oracle_drafter(plain | {bad: [(token + 1) % 17 for token in plain[bad]]}, 3, 17)
+    requests = [Request(prompt, 90) for prompt in PROMPTS[:3]]
+    for _ in decode(CONFIDENT, requests, Sampling(), None, 1):
+        pass
+    assert [r.ids for r in requests] == [*plain.values()]
+    assert [len(r.steps[-1].drafted) for r in requests] == [3, 0, 3]
 
 
 def test_a_sequential_head_may_draft_one_more_than_it_was_trained_for() -> None:

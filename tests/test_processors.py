@@ -297,6 +297,13 @@ GRAMMARS: dict[str, tuple[dict[str, str], Callable[[str], object]]] = {
 }
 
 
+def test_a_row_with_processors_joins_plain_decoding_under_rejection() -> None:
+    model, mixed = small(dtype=torch.float32), [None, None, PROCESSINGS["presence"]]
+    found = decoded(model, mixed, 0, REJECTION, PROMPTS[:3], slots=2)
+    for a, b in zip(found, decoded(model, mixed, 0, Sampling(1.0), PROMPTS[:3], slots=2), strict=True):
+        same_output(a, b, 1e-4)
+
+
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_grammars(name: str) -> None:
     tokenizer = train_bpe(["ab-12; aab-3; (a),(b),c. ant bee legs name élan 0 1 2 3 4 5 6 7 8 9"] * 9, 300)
@@ -432,6 +439,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"lark": "start: nothing"}, "lark: "),
     ({"json_schema": "{"}, "json_schema: "),
     ({"json_schema": ""}, "json_schema: "),
+    ({"json_schema": "true"}, "json_schema: a schema is an object, as {} is for any JSON, and not 'true'"),
     ({"lark": ""}, "lark: "),
     ({"json_schema": {"type": "no such type"}}, "json_schema: "),
     ({"regex": "a", "lark": 'start: "a"'}, "only one of them"),
