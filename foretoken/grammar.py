@@ -60,18 +60,23 @@ class GrammarMatcher:
     def __init__(self, matcher: Any, ends: Sequence[int], kind: str) -> None:
         self.matcher, self.ends, self.kind = matcher, ends, kind
         self.read = 0
-        self._check()
+        self.bias = self._bias()
 
     def mask(self, ids: Sequence[int], further: Sequence[int]) -> Tensor | None:
         """See `processors.Matcher`."""
         self._follow(ids)
         further = [token for token in further if token not in self.ends]  # as `_follow` does
-        trial = self.matcher.deep_copy() if further else self.matcher  # not every grammar can be rolled back
-        if trial.try_consume_tokens(further) < len(further) or trial.is_stopped():
+        bias = self.bias
+        if further:
+            trial = self.matcher.deep_copy()  # not every grammar can be rolled back
+            fits = trial.try_consume_tokens(further) == len(further) and not trial.is_stopped()
+            bias = trial.compute_logit_bias() if fits else None
+            bias = None if trial.is_error() else bias
+        if bias is None:
             return None
-        allowed = torch.frombuffer(bytearray(trial.compute_logit_bias()), dtype=torch.uint8) > 0
+        allowed = torch.frombuffer(bytearray(bias), dtype=torch.uint8) > 0
         allowed[[*self.ends]] |= allowed[self.ends[0]]  # the library knows one of them
-        return None if trial.is_error() else allowed
+        return allowed
 
     def complete(self, ids: Sequence[int]) -> bool:
         """See `processors.Matcher`."""
@@ -82,12 +87,12 @@ class GrammarMatcher:
         for token in ids[self.read :]:
             if token not in self.ends:
                 self.matcher.consume_token(token)
-                self._check()
+                self.bias = self._bias()
         self.read = len(ids)
 
-    def _check(self) -> None:
-        """What comes next, too, may go beyond a limit: seen here, it is seen whether drafts were tried there or not."""
-        if not self.matcher.is_stopped():
-            self.matcher.compute_logit_bias()
+    def _bias(self) -> bytes | None:
+        """What may come next, or None. Going beyond a limit is seen here, whether drafts were tried there or not."""
+        bias = None if self.matcher.is_stopped() else self.matcher.compute_logit_bias()
         if self.matcher.is_error():
             raise ConfigError(f"{self.kind}: {self.matcher.get_error().splitlines()[0]}")
+        return bias

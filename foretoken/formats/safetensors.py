@@ -100,7 +100,8 @@ def read_tensors(
 
 def check_tied(where: Path, name: str, copy: Tensor, embedding: Tensor) -> None:
     """Raises CheckpointError where a tied unembedding is no copy of the embedding: one of the two would be lost."""
-    if not torch.equal(copy.double(), embedding.double()):
+    wide = torch.promote_types(copy.dtype, embedding.dtype)
+    if not torch.equal(copy.to(wide), embedding.to(wide)):
         raise CheckpointError(
             f"{where}: tensor '{name}' is not the embedding, though config.json ties them; "
             "set tie_word_embeddings = false there, or take the tensor out"

@@ -6,7 +6,6 @@ speed of decoding. A new kind is a line in KINDS. `head_kinds` is the comparison
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,17 @@ from foretoken.config import DataConfig
 from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume, with_bpe
+from foretoken.lab.text import (
+    LARGE,
+    SMALL,
+    decoded,
+    recipe_of,
+    scored,
+    steps_in,
+    tokens_of,
+    train_bpe_once,
+    train_or_resume,
+)
 
 KINDS: dict[str, tuple[str, ...]] = {
     "one": ("model.n_future=1",),
@@ -63,7 +72,7 @@ def recipe_for(arm: str, settings: Settings, out: Path, seed: int, steps: int, d
     blocks = settings["total_blocks"] + (3 if kind == "added" else 0)
     changes = [*KINDS[kind], f"model.total_blocks={blocks}"]
     if tokens == "bpe":
-        changes += ["tokenizer.kind=file", f"tokenizer.path={json.dumps(str(out / f'bpe-{domain}'))}"]
+        changes += tokens_of(out / f"bpe-{domain}")
     return recipe_of(of_domain(settings, domains(settings)[domain]), changes, seed, steps, device)
 
 
@@ -72,7 +81,7 @@ def prepare(settings: Settings, out: Path, device: str) -> None:
     for domain, source in domains(settings).items():
         if "bpe" in settings["tokens"]:
             data = DataConfig(source=(source,), split_field=of_domain(settings, source)["split_field"])
-            with_bpe(out / f"bpe-{domain}", data, settings["vocab_size"])
+            train_bpe_once(out / f"bpe-{domain}", data, settings["vocab_size"])
     if not (out / STEPS).exists():
         recipes = {arm: recipe_for(arm, settings, out, 0, 10, device) for arm in settings["arms"]}
         write_json(out / STEPS, steps_in(settings["minutes"], recipes, out / "seconds.json"))

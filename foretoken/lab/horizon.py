@@ -6,7 +6,6 @@ the gain, and the cost of a step what is paid for it in time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,17 @@ from foretoken.config import DataConfig, Recipe
 from foretoken.files import read_json, write_json
 from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.intervals import Table, difference, mean
-from foretoken.lab.text import LARGE, SMALL, decoded, recipe_of, scored, steps_in, train_or_resume, with_bpe
+from foretoken.lab.text import (
+    LARGE,
+    SMALL,
+    decoded,
+    recipe_of,
+    scored,
+    steps_in,
+    tokens_of,
+    train_bpe_once,
+    train_or_resume,
+)
 
 STEPS, SAME, BPE = "steps.json", "-same-steps", "bpe-"
 
@@ -34,7 +43,7 @@ def recipe_for(arm: str, settings: Settings, out: Path, seed: int, steps: int, d
     """The recipe of an arm."""
     changes = [f"model.n_future={n_of(arm)}"]
     if arm.startswith(BPE):
-        changes += ["tokenizer.kind=file", f"tokenizer.path={json.dumps(str(out / 'bpe'))}"]
+        changes += tokens_of(out / "bpe")
     return recipe_of(settings, changes, seed, steps, device)
 
 
@@ -45,7 +54,7 @@ def prepare(settings: Settings, out: Path, device: str) -> None:
     alone = [arm for arm in settings["arms"] if not arm.endswith(SAME)]
     if any(arm.startswith(BPE) for arm in alone):
         data = DataConfig(source=tuple(settings["data"]), split_field=settings.get("split_field"))
-        with_bpe(out / "bpe", data, settings["vocab_size"])
+        train_bpe_once(out / "bpe", data, settings["vocab_size"])
     recipes = {arm: recipe_for(arm, settings, out, 0, 10, device) for arm in alone}
     steps = steps_in(settings["minutes"], recipes, out / "seconds.json")
     steps |= {arm: steps[base_of(arm)] for arm in settings["arms"] if arm.endswith(SAME)}

@@ -23,7 +23,7 @@ from foretoken.lab.experiment import Experiment, Figures, Run, Settings
 from foretoken.lab.fit import Sample, fit
 from foretoken.lab.intervals import Table, difference, mean
 from foretoken.lab.story import HELD_OUT, story, two_names
-from foretoken.lab.text import with_bpe
+from foretoken.lab.text import train_bpe_once
 from foretoken.model import Model
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
@@ -48,7 +48,7 @@ def prepare_stories(settings: Settings, out: Path, device: str) -> None:
                 split = "validation" if number % 50 == 0 else "train"
                 file.write(json.dumps({"text": text, "split": split}) + "\n")
         partial.rename(path)
-    with_bpe(out / "tokenizer", data_of(settings, out), settings["vocab_size"])
+    train_bpe_once(out / "tokenizer", data_of(settings, out), settings["vocab_size"])
 
 
 def data_of(settings: Settings, out: Path) -> DataConfig:

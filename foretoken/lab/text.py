@@ -52,12 +52,16 @@ def recipe_of(settings: Settings, overrides: Sequence[str], seed: int, steps: in
     return load_recipe("demo", tuple(given))
 
 
-def with_bpe(folder: Path, data: DataConfig, vocab_size: int) -> Path:
-    """The folder of a BPE of the training part of `data`, trained once."""
+def train_bpe_once(folder: Path, data: DataConfig, vocab_size: int) -> None:
+    """Save a BPE of the training part of `data`, where the folder has none yet."""
     if not (folder / "tokenizer.json").exists():
         texts = (document.text for document, part in split_documents(data) if part == "train")
         train_bpe(texts, vocab_size).save(folder)
-    return folder
+
+
+def tokens_of(folder: Path) -> list[str]:
+    """The overrides of a recipe that takes the tokenizer in a folder."""
+    return ["tokenizer.kind=file", f"tokenizer.path={json.dumps(str(folder))}"]
 
 
 def train_or_resume(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None:
