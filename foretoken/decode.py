@@ -93,16 +93,9 @@ class Batch:
     """The requests that run, one a row, with the drafts on their way and the caches behind them."""
 
     def __init__(
-        self,
-        model: Model,
-        requests: Iterable[Request],
-        sampling: Sampling,
-        drafts: int | None,
-        rows: int,
-        source: Source = None,
-        nodes: int | None = None,
-        draft_vocab: int | None = None,
-    ) -> None:
+        self, model: Model, requests: Iterable[Request], sampling: Sampling, drafts: int | None, rows: int,
+        source: Source = None, nodes: int | None = None, draft_vocab: int | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.sampling, self.rows, self.stepper = model, sampling, rows, model.stepper()
         self.pace: Pace | None = None
         self.count = 0  # steps

@@ -41,19 +41,10 @@ RESULT = "demo.json"
 
 
 def run_demo(
-    display: Display,
-    out: Path,
-    minutes: float,
-    n_future: int,
-    width: int,
-    layers: int,
-    *,
-    head_kind: str = "sequential",
-    drafts: int | None = None,
-    prompt_count: int = 24,
-    max_tokens: int = 200,
+    display: Display, out: Path, minutes: float, n_future: int, width: int, layers: int, *,
+    head_kind: str = "sequential", drafts: int | None = None, prompt_count: int = 24, max_tokens: int = 200,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train, decode and report into the folder `out`; returns what `foretoken demo --json` prints.
 
     Raises ConfigError for a shape that cannot be and KeyboardInterrupt when training was stopped (it is saved).

@@ -1,8 +1,10 @@
-"""A block of a decoding step on a GPU: what stands between the matrix products, as a few Triton kernels.
+"""A block of a decoding step on a GPU, as a few Triton kernels.
 
 `BlockStack` in PyTorch is the readable twin, and what runs where Triton is not there (it comes with PyTorch's builds
 for CUDA on Linux) or in float64. Attention goes over the slots that a row holds, in parts side by side (flash decoding,
-Dao et al. 2023), and sees the drafts of a tree by their ancestors' bits. Matrix products are PyTorch's.
+Dao et al. 2023), and sees the drafts of a tree by their ancestors' bits. Matrix products of few rows read each weight
+once, with norms, gates and sums in the same kernel; of more they are PyTorch's. From Hopper on a kernel begins before
+the one ahead of it ends (programmatic dependent launch): it reads weights, then waits for what it works on.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from foretoken.cache import Window
 from foretoken.layers import BlockStack
@@ -19,6 +22,9 @@ from foretoken.layers import BlockStack
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # that attention is spread over, two for each multiprocessor of a large GPU
 MOST_PARTS = 16
+FEW = 32  # rows that weights are read once for
+HOPPER = bool(torch.cuda.is_available() and torch.version.cuda) and torch.cuda.get_device_capability()[0] >= 9
+LAUNCH = {"EARLY": True, "launch_pdl": True} if HOPPER else {"EARLY": False}
 
 
 class Places:
@@ -34,15 +40,15 @@ class Places:
         self.lengths, self.seen = lengths.contiguous(), seen.contiguous()  # (B), and words (T) of ancestors' bits
 
 
-def run(stack: BlockStack, inputs: Tensor, x: Tensor, places: Places, block: int) -> Tensor:
-    """What attention reads (m, B, T, its width) and the residual x (m, B, T, D), which is overwritten -> x.
+def run(stack: BlockStack, inputs: Tensor, norm: Tensor | None, x: Tensor, places: Places, block: int) -> Tensor:
+    """What attention reads (m or 1, B T, its width), by `product`, and x (m, B, T, D), which is overwritten -> x.
 
     As `BlockStack` does, whose caches are blocks `block`.. of the window.
     """
     m, B, T, D = x.shape
     rows, heads, kv_heads, H = B * T, stack.heads, stack.kv_heads, stack.head_dim
     x = x.view(m, rows, D)
-    qkv = _linear(inputs.reshape(m, rows, -1), stack.qkv[:m])
+    qkv = product(inputs, stack.qkv[:m], norm, stack.eps)
     if stack.qkv_bias is not None:
         qkv += stack.qkv_bias[:m]
     q = torch.empty(m, B, heads, T, H, dtype=x.dtype, device=x.device)
@@ -52,13 +58,46 @@ def run(stack: BlockStack, inputs: Tensor, x: Tensor, places: Places, block: int
     _place[(rows, heads + 2 * kv_heads, m)](
         qkv, q, keys, values, qkv if norms is None else norms, places.cos, places.sin, places.positions, places.slots,
         T, heads, kv_heads, rows, keys.stride(0), keys.stride(1), keys.stride(2), stack.eps,
-        H=H, HALF=triton.next_power_of_2(H // 2), NORM=norms is not None,
+        H=H, HALF=triton.next_power_of_2(H // 2), NORM=norms is not None, **LAUNCH,
     )  # fmt: skip
     y = _attention(q, keys, values, places, kv_heads)
-    _add_linear(x, y, stack.o[:m])
-    gate_up = _linear(normed(x, stack.norm_2[:m], stack.eps), stack.gate_up[:m])
-    _add_linear(x, _gated(gate_up), stack.down[:m])
+    product(y, stack.o[:m], into=x)
+    product(product(x, stack.gate_up[:m], stack.norm_2[:m], stack.eps, gated=True), stack.down[:m], into=x)
     return x.view(m, B, T, D)
+
+
+def product(
+    x: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x (m or 1, R, in), by a norm's weight (m, 1, in) `normed`, times weight (m, out, in): (m, R, out).
+
+    gated: of the two halves of `out` silu(first) * second. into: what the product is added to, in place.
+    """
+    (m, lines, width), rows = weight.shape, x.size(1)
+    if norm is not None and rows > 1:
+        x, norm = normed(x, norm, eps), None
+    if rows > FEW:
+        if into is not None:
+            return into[0].addmm_(x[0], weight[0].mT)[None] if m == 1 else into.baddbmm_(x, weight.mT)
+        found = F.linear(x[0], weight[0])[None] if m == 1 else torch.bmm(x, weight.mT)
+        return _gated(found) if gated else found
+    out = x.new_empty(m, rows, lines // (1 + gated)) if into is None else into
+    per, chunk, warps, stages = _tile(rows, lines)
+    _multiply[(triton.cdiv(lines, per), m)](
+        x, weight, x if norm is None else norm, out, rows, out.size(2), 0 if x.size(0) == 1 else x.stride(0),
+        weight.stride(0), eps, width=width, NORM=norm is not None, GATED=gated, ADD=into is not None,
+        ROWS=1 if rows == 1 else max(8, triton.next_power_of_2(rows)), LINES=per, CHUNK=chunk, STAGES=stages,
+        EXACT=x.dtype == torch.float32, num_warps=warps, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def _tile(rows: int, lines: int) -> tuple[int, int, int, int]:
+    """Lines of a weight and numbers of each that a program holds at a time, its warps, and loads under way."""
+    if rows == 1:
+        return (8, 1024, 8, 1) if lines < 4096 else (2, 1024, 4, 1)
+    return (16, 256, 4, 4) if lines < 4096 else (32, 128, 4, 4)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,7 +105,8 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     m, (shared, rows, width) = weight.size(0), x.shape
     out = torch.empty(m, rows, width, dtype=x.dtype, device=x.device)
     stride = 0 if shared == 1 else x.stride(0)
-    _norm[(rows, m)](x, weight, out, rows, width, stride, weight.stride(0), eps, BLOCK=triton.next_power_of_2(width))
+    block = triton.next_power_of_2(width)
+    _norm[(rows, m)](x, weight, out, rows, width, stride, weight.stride(0), eps, BLOCK=block, **LAUNCH)
     return out
 
 
@@ -82,10 +122,11 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, places: Places, kv_heads
         q, keys, values, sums, y, places.lengths, places.seen, B, T, kv_heads,
         keys.stride(0), keys.stride(1), keys.stride(2), H**-0.5,
         GROUPS=groups, H=H, PARTS=parts, ROWS=max(16, triton.next_power_of_2(groups * T)), WIDE=WIDE,
-        SLOTS=64 if WIDE <= 128 else 32, EXACT=q.dtype == torch.float32,
+        SLOTS=64 if WIDE <= 128 else 32, EXACT=q.dtype == torch.float32, **LAUNCH,
     )  # fmt: skip
     if parts > 1:
-        _combine[(count, groups * T)](sums, y, B, T, kv_heads, GROUPS=groups, H=H, PARTS=parts, WIDE=WIDE)
+        sizes = {"GROUPS": groups, "H": H, "PARTS": parts, "WIDE": WIDE}
+        _combine[(count, groups * T)](sums, y, B, T, kv_heads, **sizes, **LAUNCH)
     return y
 
 
@@ -93,32 +134,75 @@ def _gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, side by side in (m, R, 2 F): (m, R, F)."""
     m, rows, both = gate_up.shape
     out = torch.empty(m, rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024)
+    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024, **LAUNCH)
     return out
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (m, R, in) times weight (m, out, in)."""
-    return F.linear(x[0], weight[0])[None] if len(weight) == 1 else torch.bmm(x, weight.mT)
-
-
-def _add_linear(x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """Add y (m, R, in) times weight (m, D, in) to x (m, R, D)."""
-    if len(weight) == 1:
-        x[0].addmm_(y[0], weight[0].mT)
-    else:
-        x.baddbmm_(y, weight.mT)
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """What kernels ahead wrote is there behind it; the next kernel may begin, and waits at its own."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
-def _norm(x, weight, out, rows, width, x_stride, weight_stride, eps, BLOCK: tl.constexpr):
+def _multiply(
+    x, weight, norm, out, rows, outputs, x_stride, weight_stride, eps, width: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """LINES lines of one of m weights times all rows; gated ones stand in turn, a gate and what it lets through."""
+    PER: tl.constexpr = 2 if GATED else 1
+    m = tl.program_id(1).to(tl.int64)
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    row, at = tl.arange(0, ROWS), tl.arange(0, CHUNK)[None, :]
+    weights = weight + m * weight_stride + ((line % PER) * outputs + line // PER)[:, None] * width + at
+    inside = (line < PER * outputs)[:, None]
+    sums = tl.zeros([LINES, CHUNK if ROWS == 1 else ROWS], tl.float32)
+    squares = tl.zeros([ROWS, CHUNK], tl.float32)
+    if ROWS == 1:
+        ahead = tl.load(weights, mask=inside & (at < width), other=0.0)
+    _begin(EARLY)
+    x += m * x_stride + row[:, None] * width + at
+    for start in tl.range(0, width, CHUNK, num_stages=STAGES):
+        here = start + at < width
+        value = tl.load(x + start, mask=(row < rows)[:, None] & here, other=0.0)
+        if ROWS == 1:
+            value, part = value.to(tl.float32), ahead
+            ahead = tl.load(weights + start + CHUNK, mask=inside & (start + CHUNK + at < width), other=0.0)
+            if NORM:
+                squares += value * value
+                value *= tl.load(norm + m * width + start + at, mask=here, other=0.0).to(tl.float32)
+            sums += part.to(tl.float32) * value
+        else:
+            part = tl.load(weights + start, mask=inside & here, other=0.0)
+            sums = tl.dot(part, tl.trans(value), sums, input_precision="ieee" if EXACT else "tf32")
+    found = tl.sum(sums, 1)[:, None] if ROWS == 1 else sums
+    if NORM:
+        found *= tl.rsqrt(tl.sum(squares, 1) / width + eps)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(found, (LINES // 2, 2, ROWS)), (0, 2, 1)))
+        silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+        found = silu * up.to(out.dtype.element_ty).to(tl.float32)
+    n = tl.program_id(0) * (LINES // PER) + tl.arange(0, LINES // PER)
+    to = out + (m * rows + row[None, :]) * outputs + n[:, None]
+    real = (n < outputs)[:, None] & (row < rows)[None, :]
+    if ADD:
+        found += tl.load(to, mask=real, other=0.0).to(tl.float32)
+    tl.store(to, found.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _norm(x, weight, out, rows, width, x_stride, weight_stride, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One row of one of m blocks."""
     row, m = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < width
+    scale = tl.load(weight + m * weight_stride + at, mask=inside)
+    _begin(EARLY)
     value = tl.load(x + m * x_stride + row * width + at, mask=inside, other=0.0).to(tl.float32)
     unit = value * tl.rsqrt(tl.sum(value * value) / width + eps)
-    scale = tl.load(weight + m * weight_stride + at, mask=inside)
     tl.store(out + (m * rows + row) * width + at, unit.to(out.dtype.element_ty) * scale, mask=inside)
 
 
@@ -126,8 +210,10 @@ def _norm(x, weight, out, rows, width, x_stride, weight_stride, eps, BLOCK: tl.c
 def _place(
     qkv, q, keys, values, norms, cos, sin, positions, slots, count, heads, kv_heads, rows,
     block_stride, row_stride, head_stride, eps, H: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: queries and keys are normalised and turned, keys and values put into the cache."""
+    _begin(EARLY)
     row, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     B, b, t = rows // count, row // count, row % count
     half = tl.arange(0, HALF)
@@ -165,9 +251,10 @@ def _place(
 def _attend(
     q, keys, values, sums, y, lengths, seen, B, count, kv_heads, block_stride, row_stride, head_stride, scale,
     GROUPS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    SLOTS: tl.constexpr, EXACT: tl.constexpr,
+    SLOTS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the slots of one key/value head of one row, for all queries that read it."""
+    _begin(EARLY)
     which, part = tl.program_id(0), tl.program_id(1)
     m, b, kv_head = which // (B * kv_heads), which // kv_heads % B, which % kv_heads
     length = tl.load(lengths + b)
@@ -212,8 +299,10 @@ def _attend(
 @triton.jit
 def _combine(
     sums, y, B, count, kv_heads, GROUPS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query's parts together."""
+    _begin(EARLY)
     which, row = tl.program_id(0), tl.program_id(1)
     m, b, kv_head = which // (B * kv_heads), which // kv_heads % B, which % kv_heads
     part, lane = tl.arange(0, PARTS), tl.arange(0, WIDE)
@@ -228,8 +317,9 @@ def _combine(
 
 
 @triton.jit
-def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+def _gate(gate_up, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """A piece of one row."""
+    _begin(EARLY)
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)

@@ -69,17 +69,9 @@ class Graphs:
         self.tables = tables
 
     def turn(
-        self,
-        tokens: list[list[int]],
-        cache: KVCache,
-        drafts_cache: KVCache | None,
-        keys: Keys,
-        drafts: int,
-        proposed: Tensor | None,
-        tree: Tree | None = None,
-        ranks: int = 1,
-        draft_vocab: int | None = None,
-    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
+        self, tokens: list[list[int]], cache: KVCache, drafts_cache: KVCache | None, keys: Keys, drafts: int,
+        proposed: Tensor | None, tree: Tree | None = None, ranks: int = 1, draft_vocab: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:  # fmt: skip
         """A whole step, with filters too: see `Native.turn`."""
         B, T = len(tokens), len(tokens[0])
         behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
@@ -190,17 +182,18 @@ class Graphs:
         """The first `used` blocks of a stack on x (1, B, T, D), or (used, B, T, D) for kernels, which overwrite it."""
         if isinstance(at, At):
             return stack.forward(x, at, block, used)
-        inputs = self.kernels.normed(x[:1].flatten(1, 2), stack.norm_1[:used], stack.eps)
-        states: Tensor = self.kernels.run(stack, inputs, x, at, block)
+        states: Tensor = self.kernels.run(stack, x[:1].flatten(1, 2), stack.norm_1[:used], x, at, block)
         return states
 
     def _logits(self, states: Tensor, draft_vocab: int | None = None) -> Tensor:
+        weight = self.unembedding[:draft_vocab]
         if self.kernels:
-            normed = self.kernels.normed(states.reshape(1, -1, states.size(-1)), self.norm.view(1, 1, -1), self.eps)
-            normed = normed.view(states.shape)
+            flat = states.reshape(1, -1, states.size(-1))
+            logits = self.kernels.product(flat, weight[None], self.norm.view(1, 1, -1), self.eps)
+            logits = logits.view(*states.shape[:-1], -1)
         else:
-            normed = F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps)
-        logits = widened(F.linear(normed, self.unembedding[:draft_vocab]), self.unembedding.size(0))
+            logits = F.linear(F.rms_norm(states, (states.size(-1),), self.norm.to(states.dtype), self.eps), weight)
+        logits = widened(logits, self.unembedding.size(0))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _parallel(self, shape: Shape, ahead: Keys, hidden: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +228,7 @@ class Graphs:
             return stack.draft(embedded, states, at)
         sides = zip((embedded, states), (stack.norm_1, stack.hidden_norm), strict=True)
         inputs = torch.cat([self.kernels.normed(x.reshape(1, -1, x.size(-1)), w, self.eps) for x, w in sides], -1)
-        found: Tensor = self.kernels.run(stack, inputs, states[None].clone(), at, 0)
+        found: Tensor = self.kernels.run(stack, inputs, None, states[None].clone(), at, 0)
         return found[0]
 
 

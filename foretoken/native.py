@@ -192,17 +192,9 @@ class Native:
         return logits
 
     def turn(
-        self,
-        tokens: list[list[int]],
-        cache: KVCache,
-        drafts_cache: KVCache | None,
-        keys: Keys,
-        drafts: int,
-        proposed: Tensor | None,
-        tree: Tree | None = None,
-        ranks: int = 1,
-        draft_vocab: int | None = None,
-    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:
+        self, tokens: list[list[int]], cache: KVCache, drafts_cache: KVCache | None, keys: Keys, drafts: int,
+        proposed: Tensor | None, tree: Tree | None = None, ranks: int = 1, draft_vocab: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:  # fmt: skip
         """A whole step for tokens (B, T) that hang together as `tree` says, by default as a chain.
 
         Returns the target's tokens (B, T) behind the accepted nodes and their log-probabilities (what stands behind

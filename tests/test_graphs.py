@@ -210,6 +210,7 @@ def test_kernels_are_the_blocks(architecture: str, kv_heads: int, parts: int, mo
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(gpu, "PROGRAMS", 1 if parts == 1 else 1 << 20)
+    monkeypatch.setattr(gpu, "FEW", 4 if parts == 1 else 32)
     model = tiny_model(architecture, width=96, kv_heads=kv_heads, dtype=torch.float32, peaked=False).to(device)
     stepper = Stepper(model, compiled=False)
     for B, filled, parents in ((1, 5, []), (3, 30, [0, 1, 2]), (2, 150, [0, 0, 1, 1, 2])):
