@@ -121,6 +121,11 @@ def _train(display: Display, out: Path, recipe: Recipe, minutes: float) -> tuple
     if not trained.finished:
         display.say(f"Stopped at step {trained.step}; the model so far: {trained.checkpoint}")
         raise KeyboardInterrupt
+    if trained.seconds < 30 * minutes:
+        display.say(
+            f"Training took {trained.seconds:.0f} seconds of {minutes:g} minutes: the machine was busier when steps "
+            "were timed. Run it again for a better model."
+        )
     return trained, records
 
 
