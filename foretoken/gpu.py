@@ -4,7 +4,7 @@
 for CUDA on Linux) or in float64. Attention goes over the slots that a row holds, in parts side by side (flash decoding,
 Dao et al. 2023), and sees the drafts of a tree by their ancestors' bits. Matrix products of few rows read each weight
 once, with norms, gates and sums in the same kernel; of more they are PyTorch's. From Hopper on a kernel begins before
-the one ahead of it ends (programmatic dependent launch): it reads weights, then waits for what it works on.
+the one ahead of it ends (programmatic dependent launch) and waits for what that writes; of one row, with weights read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # that attention is spread over, two for each multiprocessor of a large GPU
 MOST_PARTS = 16
 FEW = 32  # rows that weights are read once for
-HOPPER = bool(torch.cuda.is_available() and torch.version.cuda) and torch.cuda.get_device_capability()[0] >= 9
-LAUNCH = {"EARLY": True, "launch_pdl": True} if HOPPER else {"EARLY": False}
+NVIDIA = bool(torch.version.cuda and torch.cuda.is_available())
+HOPPER = NVIDIA and min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) >= 9
+LAUNCH = {"EARLY": True, "launch_pdl": True} if HOPPER and not triton.knobs.runtime.interpret else {"EARLY": False}
 
 
 class Places:
@@ -83,7 +84,7 @@ def product(
         found = F.linear(x[0], weight[0])[None] if m == 1 else torch.bmm(x, weight.mT)
         return _gated(found) if gated else found
     out = x.new_empty(m, rows, lines // (1 + gated)) if into is None else into
-    per, chunk, warps, stages = _tile(rows, lines)
+    per, chunk, warps, stages = _tile(rows, lines, x.dtype)
     _multiply[(triton.cdiv(lines, per), m)](
         x, weight, x if norm is None else norm, out, rows, out.size(2), 0 if x.size(0) == 1 else x.stride(0),
         weight.stride(0), eps, width=width, NORM=norm is not None, GATED=gated, ADD=into is not None,
@@ -93,11 +94,12 @@ def product(
     return out
 
 
-def _tile(rows: int, lines: int) -> tuple[int, int, int, int]:
+def _tile(rows: int, lines: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Lines of a weight and numbers of each that a program holds at a time, its warps, and loads under way."""
     if rows == 1:
         return (8, 1024, 8, 1) if lines < 4096 else (2, 1024, 4, 1)
-    return (16, 256, 4, 4) if lines < 4096 else (32, 128, 4, 4)
+    stages = 4 if dtype.itemsize == 2 else 2  # into a hundred KiB of shared memory
+    return (16, 256, 4, stages) if lines < 4096 else (32, 128, 4, stages)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

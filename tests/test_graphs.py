@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from invariants import counts_add_up, logprobs_are_targets, same_output
 from test_decode import PROMPTS
@@ -189,6 +191,12 @@ def test_captured_steps_are_the_same(kind: str, sampling: Sampling) -> None:
             same_output(a, b, 1e-9)
 
 
+KERNELS = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
+    reason="needs Triton, and a GPU or its interpreter",
+)
+
+
 def seen_by(parents: list[int]) -> list[int]:
     """Words of ancestors' bits."""
     seen = [1]
@@ -197,10 +205,7 @@ def seen_by(parents: list[int]) -> list[int]:
     return seen
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
-    reason="needs Triton, and a GPU or its interpreter",
-)
+@KERNELS
 @pytest.mark.parametrize("parts", [1, 16])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -238,6 +243,29 @@ def test_kernels_are_the_blocks(architecture: str, kv_heads: int, parts: int, mo
             assert torch.allclose(*found, atol=1e-4)
             for side in ("keys", "values"):
                 assert torch.allclose(*(getattr(cache, side) for cache in caches), atol=1e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize("rows", [1, 3, 33])
+@pytest.mark.parametrize(("width", "lines"), [(1500, 36), (40, 4100)])
+def test_a_kernel_s_product(width: int, lines: int, rows: int) -> None:
+    """Of widths and lines that fill no tile, of one weight and of several that read the same rows."""
+    from foretoken import gpu
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    generator = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, device=device, generator=generator)
+    for m in (1, 2):
+        x, weight, norm = normal(1, rows, width), normal(m, lines, width) / width**0.5, normal(m, 1, width)
+        into = normal(m, rows, lines)
+        unit = F.rms_norm(x, (width,), eps=1e-5) * norm
+        gate, up = (unit @ weight.mT).chunk(2, -1)
+        found = gpu.product(x, weight, norm, 1e-5, gated=True)
+        assert torch.allclose(found, F.silu(gate) * up, atol=1e-4)
+        wanted = into + x @ weight.mT
+        assert torch.allclose(gpu.product(x.expand(m, -1, -1), weight, into=into), wanted, atol=1e-4)
+        assert torch.allclose(into, wanted, atol=1e-4)
 
 
 @CUDA
