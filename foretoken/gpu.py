@@ -3,8 +3,8 @@
 `BlockStack` in PyTorch is the readable twin, and what runs where Triton is not there (it comes with PyTorch's builds
 for CUDA on Linux) or in float64. Attention goes over the slots that a row holds, in parts side by side (flash decoding,
 Dao et al. 2023), and sees the drafts of a tree by their ancestors' bits. Matrix products of few rows read each weight
-once, with norms, gates and sums in the same kernel; of more they are PyTorch's. From Hopper on a kernel begins before
-the one ahead of it ends (programmatic dependent launch) and waits for what that writes; of one row, with weights read.
+once, with norms, gates and sums in the same kernel; of more they are PyTorch's. From Hopper on a kernel of few rows
+begins before the one ahead of it ends (programmatic dependent launch) and waits for what that writes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # that attention is spread over, two for each multiprocessor of a large GPU
 MOST_PARTS = 16
 FEW = 32  # rows that weights are read once for
+EARLY_ROWS = 16  # rows up to which kernels begin early
 NVIDIA = bool(torch.version.cuda and torch.cuda.is_available())
 HOPPER = NVIDIA and min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) >= 9
-LAUNCH = {"EARLY": True, "launch_pdl": True} if HOPPER and not triton.knobs.runtime.interpret else {"EARLY": False}
+CAN_BEGIN_EARLY = HOPPER and not triton.knobs.runtime.interpret
 
 
 class Places:
@@ -59,7 +60,7 @@ def run(stack: BlockStack, inputs: Tensor, norm: Tensor | None, x: Tensor, place
     _place[(rows, heads + 2 * kv_heads, m)](
         qkv, q, keys, values, qkv if norms is None else norms, places.cos, places.sin, places.positions, places.slots,
         T, heads, kv_heads, rows, keys.stride(0), keys.stride(1), keys.stride(2), stack.eps,
-        H=H, HALF=triton.next_power_of_2(H // 2), NORM=norms is not None, **LAUNCH,
+        H=H, HALF=triton.next_power_of_2(H // 2), NORM=norms is not None, **_launch(rows),
     )  # fmt: skip
     y = _attention(q, keys, values, places, kv_heads)
     product(y, stack.o[:m], into=x)
@@ -89,9 +90,14 @@ def product(
         x, weight, x if norm is None else norm, out, rows, out.size(2), 0 if x.size(0) == 1 else x.stride(0),
         weight.stride(0), eps, width=width, NORM=norm is not None, GATED=gated, ADD=into is not None,
         ROWS=1 if rows == 1 else max(8, triton.next_power_of_2(rows)), LINES=per, CHUNK=chunk, STAGES=stages,
-        EXACT=x.dtype == torch.float32, num_warps=warps, **LAUNCH,
+        EXACT=x.dtype == torch.float32, num_warps=warps, **_launch(rows),
     )  # fmt: skip
     return out
+
+
+def _launch(rows: int) -> dict[str, bool]:
+    """How kernels of a step of so many rows begin."""
+    return {"EARLY": True, "launch_pdl": True} if CAN_BEGIN_EARLY and rows <= EARLY_ROWS else {"EARLY": False}
 
 
 def _tile(rows: int, lines: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -108,7 +114,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(m, rows, width, dtype=x.dtype, device=x.device)
     stride = 0 if shared == 1 else x.stride(0)
     block = triton.next_power_of_2(width)
-    _norm[(rows, m)](x, weight, out, rows, width, stride, weight.stride(0), eps, BLOCK=block, **LAUNCH)
+    _norm[(rows, m)](x, weight, out, rows, width, stride, weight.stride(0), eps, BLOCK=block, **_launch(rows))
     return out
 
 
@@ -124,11 +130,11 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, places: Places, kv_heads
         q, keys, values, sums, y, places.lengths, places.seen, B, T, kv_heads,
         keys.stride(0), keys.stride(1), keys.stride(2), H**-0.5,
         GROUPS=groups, H=H, PARTS=parts, ROWS=max(16, triton.next_power_of_2(groups * T)), WIDE=WIDE,
-        SLOTS=64 if WIDE <= 128 else 32, EXACT=q.dtype == torch.float32, **LAUNCH,
+        SLOTS=64 if WIDE <= 128 else 32, EXACT=q.dtype == torch.float32, **_launch(B * T),
     )  # fmt: skip
     if parts > 1:
         sizes = {"GROUPS": groups, "H": H, "PARTS": parts, "WIDE": WIDE}
-        _combine[(count, groups * T)](sums, y, B, T, kv_heads, **sizes, **LAUNCH)
+        _combine[(count, groups * T)](sums, y, B, T, kv_heads, **sizes, **_launch(B * T))
     return y
 
 
@@ -136,7 +142,7 @@ def _gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, side by side in (m, R, 2 F): (m, R, F)."""
     m, rows, both = gate_up.shape
     out = torch.empty(m, rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024, **LAUNCH)
+    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024, **_launch(rows))
     return out
 
 
