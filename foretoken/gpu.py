@@ -23,10 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # that attention is spread over, two for each multiprocessor of a large GPU
 MOST_PARTS = 16
 FEW = 32  # rows that weights are read once for
-EARLY_ROWS = 16  # rows up to which kernels begin early
 NVIDIA = bool(torch.version.cuda and torch.cuda.is_available())
 HOPPER = NVIDIA and min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())) >= 9
-CAN_BEGIN_EARLY = HOPPER and not triton.knobs.runtime.interpret
 
 
 class Places:
@@ -96,8 +94,9 @@ def product(
 
 
 def _launch(rows: int) -> dict[str, bool]:
-    """How kernels of a step of so many rows begin."""
-    return {"EARLY": True, "launch_pdl": True} if CAN_BEGIN_EARLY and rows <= EARLY_ROWS else {"EARLY": False}
+    # Of a step of 32 rows and more, beginning early makes kernels slower.
+    early = HOPPER and rows < FEW and not triton.knobs.runtime.interpret
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def _tile(rows: int, lines: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -133,8 +132,7 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, places: Places, kv_heads
         SLOTS=64 if WIDE <= 128 else 32, EXACT=q.dtype == torch.float32, **_launch(B * T),
     )  # fmt: skip
     if parts > 1:
-        sizes = {"GROUPS": groups, "H": H, "PARTS": parts, "WIDE": WIDE}
-        _combine[(count, groups * T)](sums, y, B, T, kv_heads, **sizes, **_launch(B * T))
+        _combine[(count, groups * T)](sums, y, B, T, kv_heads, groups, H, parts, WIDE, **_launch(B * T))
     return y
 
 
@@ -142,7 +140,7 @@ def _gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, side by side in (m, R, 2 F): (m, R, F)."""
     m, rows, both = gate_up.shape
     out = torch.empty(m, rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024, **_launch(rows))
+    _gate[(m * rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024)
     return out
 
 
@@ -325,9 +323,8 @@ def _combine(
 
 
 @triton.jit
-def _gate(gate_up, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _gate(gate_up, out, width, BLOCK: tl.constexpr):
     """A piece of one row."""
-    _begin(EARLY)
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
