@@ -130,12 +130,7 @@ class Drafter:
             self.proposed = self.proposed[list(rows)] if rows else None
 
     def turn(
-        self,
-        requests: Sequence[Request],
-        tokens: list[list[int]],
-        cache: KVCache,
-        keys: Keys,
-        tree: Tree | None = None,
+        self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys, tree: Tree | None = None
     ) -> Turn:
         """Run the model on `tokens` (B, T), each row's last one and its drafts; accept, and draft on."""
         stepper = self.stepper

@@ -79,12 +79,7 @@ class LookupDrafter(Drafter):
         return [looked_up(text, self.longest, self.drafts) for text in start.texts], None
 
     def turn(
-        self,
-        requests: Sequence[Request],
-        tokens: list[list[int]],
-        cache: KVCache,
-        keys: Keys,
-        tree: Tree | None = None,
+        self, requests: Sequence[Request], tokens: list[list[int]], cache: KVCache, keys: Keys, tree: Tree | None = None
     ) -> Turn:
         """See `Drafter`. Its drafts are certain: under rejection, q is 1 for each of them."""
         self.proposed = None

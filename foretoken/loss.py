@@ -7,6 +7,7 @@ as `scales` (weight / count), so a sum over micro-batches is the loss of the who
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(w, dtype=wide) if needs else None for w, needs in zip(weights, learn, strict=True)]
         grad_hidden = [torch.zeros_like(h) if any(ctx.needs_input_grad) else None for h in hidden]
         sums = torch.zeros(len(hidden), dtype=torch.float64, device=device)
-        predictions, factors = torch.empty_like(labels), scales.to(device, wide)
+        factors = scales.to(device, non_blocking=True)  # nothing here waits for the device
+        predictions = torch.empty_like(labels)
         for d, (states, wanted) in enumerate(zip(hidden, labels, strict=True)):
             if d == 0 or which[d] != which[d - 1]:
                 weight = weights[which[d]].to(dtype)  # here, not before: its gradient is made once, in a wide type
@@ -145,12 +147,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 label, valid = wanted[part].clamp(min=0), wanted[part] != IGNORE
                 chunk = _Chunk(states[part], weight)
                 predictions[d, part] = chunk.best
-                nll = chunk.normaliser - (states[part].to(wide) * weight[label].to(wide)).sum(-1)
-                sums[d] += nll.masked_fill(~valid, 0.0).double().sum()
+                sums[d] += _fused(_nll, weight.is_cuda)(states[part], weight, label, valid, chunk.normaliser)
                 if learns is not None or taught[d]:
-                    grad_hidden[d][part] = chunk.backward(label, valid * factors[d], learns)  # type: ignore[index]
+                    factor = valid * factors[d].to(wide)
+                    grad_hidden[d][part] = chunk.backward(label, factor, learns)  # type: ignore[index]
         ctx.save_for_backward(*grads, *grad_hidden)
-        total = (sums * scales.to(sums.device)).sum().to(wide)
+        total = (sums * factors).sum().to(wide)
         ctx.mark_non_differentiable(sums, predictions)
         return total, sums, predictions
 
@@ -187,34 +189,35 @@ class _Chunk:
         flat = states.new_empty(rows * size)  # slice after slice, each of them contiguous
         self.parts = [flat[rows * c.start : rows * min(c.stop, size)].view(rows, -1) for c in self.slices]
         wide, count = torch.promote_types(weight.dtype, torch.float32), (len(self.slices), rows)
-        tops, sums = (states.new_empty(count, dtype=wide) for _ in range(2))
+        self.tops, sums = (states.new_empty(count, dtype=wide) for _ in range(2))
         firsts = torch.empty(count, dtype=torch.int64, device=weight.device)
-        on_gpu = weight.device.type == "cuda"
-        exponentiate = torch.compile(_exponentiate) if on_gpu else _exponentiate
+        exponentiate = _fused(_exponentiate, weight.is_cuda)
         # One buffer for all slices: small tensors that outlive large ones would leave holes in a processor's memory.
-        buffer = None if on_gpu else states.new_empty(rows * min(SLICE, size), dtype=wide)
+        buffer = None if weight.is_cuda else states.new_empty(rows * min(SLICE, size), dtype=wide)
         for index, (part, columns) in enumerate(zip(self.parts, self.slices, strict=True)):
             torch.mm(states, weight[columns].T, out=part)
             room = None if buffer is None else buffer[: part.numel()].view(part.shape)
-            tops[index], firsts[index], sums[index] = exponentiate(part, room)
-        self.tops, (top, which) = tops, tops.max(0)
-        starts = torch.tensor([columns.start for columns in self.slices], device=weight.device)
-        self.best = firsts.gather(0, which[None])[0] + starts[which]
-        self.normaliser = top + (sums * (tops - top).exp()).sum(0).log()
+            self.tops[index], firsts[index], sums[index] = exponentiate(part, room)
+        top, which = self.tops.max(0)
+        self.best = firsts.gather(0, which[None])[0] + which * self.slices[0].stop
+        self.normaliser = top + (sums * (self.tops - top).exp()).sum(0).log()
 
     def backward(self, label: Tensor, factor: Tensor, grad_weight: Tensor | None) -> Tensor:
         """The gradient (rows, D) of the states, in a wide type: of factor (rows) x cross-entropy with `label` (rows).
 
         That of the weight is added to `grad_weight`, if it is given.
         """
-        found, room = -factor[:, None] * self.weight[label].to(factor.dtype), None
+        found = -factor[:, None] * self.weight[label].to(factor.dtype)
+        room = None if self.weight.is_cuda else torch.empty_like(self.weight[self.slices[0]])
         for part, columns, top in zip(self.parts, self.slices, self.tops, strict=True):
             share = (factor * (top - self.normaliser).exp())[:, None]
             found += (part @ self.weight[columns]) * share
             if grad_weight is not None:
-                room = torch.empty_like(self.weight[self.slices[0]]) if room is None else room
-                taught = (share * self.states).to(part.dtype)
-                grad_weight[columns] += torch.mm(part.T, taught, out=room[: part.size(1)])
+                taught, into = (share * self.states).to(part.dtype), grad_weight[columns]
+                if room is None:  # the product is added where it is made
+                    torch.addmm(into, part.T, taught, out_dtype=into.dtype, out=into)
+                else:
+                    into += torch.mm(part.T, taught, out=room[: part.size(1)])
         if grad_weight is not None:
             grad_weight.index_add_(0, label, -factor[:, None] * self.states.to(factor.dtype))
         return found
@@ -233,6 +236,19 @@ def _exponentiate(logits: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, 
     wide = torch.sub(logits, top[:, None], out=room).mul_(1 / math.log(2)).exp2_()  # CPUs are faster at it than at exp
     logits.copy_(wide)
     return top, best, wide.sum(-1)
+
+
+def _nll(states: Tensor, weight: Tensor, label: Tensor, valid: Tensor, normaliser: Tensor) -> Tensor:
+    """The summed cross-entropy (), in float64."""
+    wide = normaliser.dtype
+    found: Tensor = normaliser - (states.to(wide) * weight[label].to(wide)).sum(-1)
+    return found.masked_fill(~valid, 0.0).sum(dtype=torch.float64)
+
+
+@functools.cache
+def _fused(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
+    """One pass over a GPU's memory for what is several operations."""
+    return torch.compile(function) if on_gpu else function
 
 
 def sequential_backward(
@@ -262,15 +278,9 @@ def sequential_backward(
 
 
 def oracle_loss(
-    hidden: Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor],
-    tokens: Tensor,
-    document_ids: Tensor,
-    label_mask: Tensor,
-    head_weights: Sequence[float],
-    *,
-    across_documents: bool = False,
-) -> Tensor:
+    hidden: Sequence[Tensor], weight: Tensor | Sequence[Tensor], tokens: Tensor, document_ids: Tensor,
+    label_mask: Tensor, head_weights: Sequence[float], *, across_documents: bool = False,
+) -> Tensor:  # fmt: skip
     """The definition in plain loops over heads, rows and positions: slow, differentiable, shares no code with the rest.
 
     hidden: n states (B, T, D); weight (V, D), or n of them; windows (B, T + n) as in `targets`; head_weights: n

@@ -38,24 +38,23 @@ class Meter:
     def _reset(self) -> None:
         names = ("loss", "count", "correct", "agreed", "pairs", "accepted")
         self.sums = {name: torch.zeros(self.n, dtype=torch.float64) for name in names}
-        self.positions = 0
+        self.positions: torch.Tensor | int = 0
 
     def add(self, output: LossOutput, counts: torch.Tensor, document_ids: torch.Tensor) -> None:
         """Add one pass: its output, its valid targets (n,), and the document ids (B, T + n) of its windows."""
-        for name, value in (("loss", output.sums), ("count", counts), ("correct", output.correct)):
-            self.sums[name] += value.cpu()
-        if not self.compared:
-            return
-        agreed = agreement(output.predictions, document_ids)
-        accepted = torch.nn.functional.pad(agreed.accepted, (1, 0))  # nothing drafts head 1's token
-        for name, value in (("agreed", agreed.agreed), ("pairs", agreed.count), ("accepted", accepted)):
-            self.sums[name] += value.cpu()
-        self.positions += int(agreed.positions)
+        values = {"loss": output.sums, "count": counts, "correct": output.correct}
+        if self.compared:
+            agreed = agreement(output.predictions, document_ids)
+            accepted = torch.nn.functional.pad(agreed.accepted, (1, 0))  # nothing drafts head 1's token
+            values |= {"agreed": agreed.agreed, "pairs": agreed.count, "accepted": accepted}
+            self.positions = agreed.positions + self.positions
+        for name, value in values.items():  # where they are: a step does not wait for its sums
+            self.sums[name] = value + self.sums[name].to(value.device)
 
     def take(self, kind: str, step: int) -> Record:
         """The record of everything added since the last one; a head with no target has None."""
         sums = {name: self.total(values) for name, values in self.sums.items()}
-        positions = self.total(torch.tensor(self.positions))
+        positions = self.total(torch.as_tensor(self.positions))
         loss, bits = sums["loss"], self.tokens_per_byte / math.log(2)
         record = {
             "kind": kind,
@@ -73,7 +72,7 @@ class Meter:
     def state(self) -> Record:
         """What is added and not yet taken, in all processes, as JSON values, for `restore`."""
         sums = {name: self.total(values).tolist() for name, values in self.sums.items()}
-        return {"positions": int(self.total(torch.tensor(self.positions))), **sums}
+        return {"positions": int(self.total(torch.as_tensor(self.positions))), **sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`. Raises CheckpointError for one of another shape."""

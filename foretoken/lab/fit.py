@@ -126,10 +126,11 @@ def _update(
     config: OptimConfig,
 ) -> Callable[[], list[float]]:
     """One step; gives the heads' mean losses when they are asked for."""
-    tokens, document_ids, label_mask = (part.to(model.device) for part in window)
     n = model.config.n_future
-    labels = targets(tokens, document_ids, label_mask, n)
-    counts = valid_counts(labels)
+    labels = targets(*window, n)
+    counts, tokens = valid_counts(labels), window[0]
+    if model.device.type == "cuda":  # a step is asked for while the GPU still works on the last one
+        tokens, labels = (part.pin_memory().to(model.device, non_blocking=True) for part in (tokens, labels))
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, steps, config))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -140,7 +141,7 @@ def _update(
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
     for optimizer in optimizers:
         optimizer.step()
-    return lambda: (output.sums / counts.clamp(min=1)).tolist()
+    return lambda: (output.sums.cpu() / counts.clamp(min=1)).tolist()
 
 
 def _save(path: Path, model: Model, optimizers: list[torch.optim.Optimizer], step: int, history: list[Figures]) -> None:
