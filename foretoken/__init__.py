@@ -21,28 +21,17 @@ if TYPE_CHECKING:
 
 # Public name -> where it is. Imported on first use, so that `import foretoken` and `foretoken --help` are instant.
 _PUBLIC = {
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "ForetokenError": "errors",
-    "Generation": "completion",
+    **dict.fromkeys(("CheckpointError", "ConfigError", "DataError", "ForetokenError", "TrainingError"), "errors"),
+    **dict.fromkeys(("Generation", "generate", "stream"), "completion"),
+    **dict.fromkeys(("mtp_loss", "oracle_loss", "scales", "targets", "valid_counts"), "loss"),
+    **dict.fromkeys(("ModelConfig", "Recipe"), "config"),
     "Model": "model",
-    "ModelConfig": "config",
-    "Recipe": "config",
     "Tokenizer": "tokenizer",
-    "TrainingError": "errors",
     "attach_heads": "attach",
-    "generate": "completion",
     "load": "checkpoint:load_checkpoint",
     "load_recipe": "recipe",
-    "mtp_loss": "loss",
-    "oracle_loss": "loss",
     "register_transformers": "formats.hf_class",
     "save": "checkpoint:save_checkpoint",
-    "scales": "loss",
-    "stream": "completion",
-    "targets": "loss",
-    "valid_counts": "loss",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,58 +39,74 @@ HEADS = "mtp_heads"
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a checkpoint directory will hold. Tensors are whole, and in the first process alone."""
+    """All that a checkpoint directory will hold: tensors, whole, or what gives them when their turn comes."""
 
     config: ModelConfig
     state: Mapping[str, Tensor | Stored]
     tokenizer: Tokenizer
     provenance: Provenance
-    training: Mapping[str, Mapping[str, Tensor]] | None = None
+    training: Mapping[str, Mapping[str, Tensor | Stored]] | None = None
     unlogged: Mapping[str, Any] | None = None
 
 
 def save_checkpoint(
-    directory: str | Path,
-    model: Model,
-    tokenizer: Tokenizer,
-    provenance: Provenance | None = None,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
-    unlogged: Mapping[str, Any] | None = None,
-    world: World = ALONE,
-) -> Path:
+    directory: str | Path, model: Model, tokenizer: Tokenizer, provenance: Provenance | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (), unlogged: Mapping[str, Any] | None = None, world: World = ALONE,
+) -> Path:  # fmt: skip
     """Write a checkpoint directory that appears only when it is complete; with `optimizers`, the training state too.
 
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
     its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
-    call this; the first one writes. Raises CheckpointError when it cannot be written, or the tokenizer has more tokens
-    than the model; then nothing is left behind.
+    call this; the first one writes, and holds no more than one sharded tensor whole. Raises CheckpointError when it
+    cannot be written, or the tokenizer has more tokens than the model; then nothing is left behind.
     """
     _check_fit(directory, tokenizer, model.config)
-    contents = gather_checkpoint(model, tokenizer, provenance, optimizers, unlogged, world)
-    world.first_does(lambda: write_checkpoint(Path(directory), contents))
+    parts: list[Tensor] = []
+
+    def lent(tensor: Tensor) -> Stored:
+        parts.append(tensor)
+        place = len(parts) - 1
+        return Stored(tensor.dtype, tuple(tensor.shape), lambda: whole(parts[world.told(place)]))
+
+    def write() -> None:
+        try:
+            write_checkpoint(Path(directory), contents)
+        finally:
+            world.told(-1)
+
+    contents = _contents(model, tokenizer, provenance, optimizers, unlogged, lent if world.size > 1 else None)
+    while not world.first and (place := world.told(-1)) >= 0:  # hand over a part of what the first one asks for
+        whole(parts[place])
+    world.first_does(write)
     return Path(directory)
 
 
 def gather_checkpoint(
     model: Model, tokenizer: Tokenizer, provenance: Provenance | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (), unlogged: Mapping[str, Any] | None = None, world: World = ALONE,
-    copy: bool = False,
 ) -> Contents:  # fmt: skip
-    """What `save_checkpoint` writes; all processes must call this.
+    """What `save_checkpoint` writes, copied into the first process's main memory, so that it stays what it is while
+    training goes on; all processes must call this.
 
-    copy: into main memory, so that it stays what it is while training goes on. Sharded tensors are brought there in any
-    case, one by one, so that no device holds more than one of them whole.
+    Sharded tensors are brought there one by one, so that no device holds more than one of them whole.
     """
-    moved = copy or world.size > 1
 
-    def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        wholes = ((name, whole(tensor.detach())) for name, tensor in tensors)
-        return {name: full.to("cpu", copy=copy) if moved else full for name, full in wholes if world.first}
+    def copied(tensor: Tensor) -> Tensor:
+        full = whole(tensor)
+        return full.to("cpu", copy=True) if world.first else torch.empty(0)
 
-    state = gathered(merged(model))
+    return _contents(model, tokenizer, provenance, optimizers, unlogged, copied)
+
+
+def _contents(
+    model: Model, tokenizer: Tokenizer, provenance: Provenance | None, optimizers: Sequence[torch.optim.Optimizer],
+    unlogged: Mapping[str, Any] | None, taken: Callable[[Tensor], Tensor | Stored] | None,
+) -> Contents:  # fmt: skip
+    taken = taken or (lambda tensor: tensor)
+    state = {name: taken(tensor.detach()) for name, tensor in merged(model)}
     files = training_tensors(model, optimizers) if optimizers else {}
-    training = {file: gathered(tensors.items()) for file, tensors in files.items()} or None
+    training = {file: {name: taken(t) for name, t in tensors.items()} for file, tensors in files.items()} or None
     return Contents(model.config, state, tokenizer, provenance or Provenance(), training, unlogged)
 
 

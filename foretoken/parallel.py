@@ -51,6 +51,13 @@ class World:
         """Whether it holds in some process."""
         return here if self.size == 1 else bool(self.total(torch.tensor(int(here))) > 0)
 
+    def told(self, number: int) -> int:
+        """The first process's number, in all of them."""
+        known = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.broadcast(known, 0)
+        return int(known)
+
     def first_does(self, task: Callable[[], object]) -> None:
         """Do a task in the first process; the others wait. What fails there fails in all."""
         error: Exception | None = None

@@ -59,12 +59,14 @@ class Saver(AbstractContextManager["Saver"]):
     ) -> Path:  # fmt: skip
         """Save checkpoint-STEP, when the save before it is written. Raises CheckpointError where that one failed."""
         self.wait()
-        path, copy = self.run / f"{STEP_PREFIX}{step}", self.config.async_save
-        contents = gather_checkpoint(model, self.tokenizer, provenance, optimizers, unlogged, self.world, copy)
+        path, everything = self.run / f"{STEP_PREFIX}{step}", (provenance, optimizers, unlogged, self.world)
+        if not self.config.async_save:
+            save_checkpoint(path, model, self.tokenizer, *everything)
+            self.world.first_does(lambda: prune(self.run, self.config.keep_checkpoints))
+            return path
+        contents = gather_checkpoint(model, self.tokenizer, *everything)
         if self.world.first:
             self.writing = self.thread.submit(self._write, path, contents)
-        if not copy:
-            self.wait()
         return path
 
     def finish(self, model: Model, provenance: Provenance) -> None:

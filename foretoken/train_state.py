@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foretoken.errors import CheckpointError
 from foretoken.files import read_json, write_json
-from foretoken.formats.safetensors import check_tensors, read_file, save_tensors
+from foretoken.formats.safetensors import Stored, check_tensors, read_file, save_tensors, stored_file
 from foretoken.lora import adapters
 from foretoken.model import Model
 from foretoken.parallel import like
@@ -35,7 +35,7 @@ def training_tensors(model: Model, optimizers: Sequence[torch.optim.Optimizer]) 
 
 
 def write_train_state(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], unlogged: Mapping[str, Any]
+    folder: Path, files: Mapping[str, Mapping[str, Tensor | Stored]], unlogged: Mapping[str, Any]
 ) -> dict[str, str]:
     """Write `folder`/train_state with what `training_tensors` gave; returns the SHA-256 of its files by name."""
     (folder / TRAIN_STATE).mkdir()
@@ -61,7 +61,7 @@ def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.opti
     """
     name = f"{TRAIN_STATE}/optimizer.safetensors"
     path = folder / name
-    tensors = read_file(path, recorded_digests(folder).get(name))
+    tensors = stored_file(path, recorded_digests(folder).get(name))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -71,10 +71,10 @@ def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.opti
                 if not keys:
                     raise CheckpointError(f"{path}: no state for parameter '{names[id(p)]}'")
                 for key in keys:
-                    value = tensors.pop(key)
-                    if value.dim() and value.shape != p.shape:
-                        shapes = f"shape {tuple(value.shape)}, must be {tuple(p.shape)}"
-                        raise CheckpointError(f"{path}: '{key}' has {shapes}")
+                    stored = tensors.pop(key)
+                    if stored.shape and stored.shape != p.shape:
+                        raise CheckpointError(f"{path}: '{key}' has shape {stored.shape}, must be {tuple(p.shape)}")
+                    value = stored.read()  # one at a time: there may be several processes on the machine
                     optimizer.state[p][key.removeprefix(prefix)] = like(value, p) if value.dim() else value
     if tensors:
         raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import tiny_model
 from small_runs import recipe
 from torch.distributed.tensor import DTensor
 
+from foretoken import checkpoint
 from foretoken import train as training
 from foretoken.checkpoint import newest_step
 from foretoken.config import OptimConfig
@@ -73,11 +75,25 @@ def gradients(kind: str, within: int) -> None:
     assert not_finite(model) == ("head 2" if kind == "parallel" else "heads 2 to 4")
 
 
+def one_at_a_time() -> None:
+    """Fail where a checkpoint's next tensor is gathered while the one before it is still held."""
+    real, held = checkpoint.whole, list[weakref.ref[torch.Tensor]]()
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        assert not [ref for ref in held if ref() is not None], "another tensor is held whole"
+        full = real(tensor)
+        if isinstance(tensor, DTensor):
+            held[:] = [weakref.ref(full)]
+        return full
+
+    checkpoint.whole = gathered
+
+
 def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
     """A training run; stop: "" or, as "interrupt 3", what happens after so many steps of this process's.
 
     interrupt: in all; kill, term, nan, memory (torch's own error in the next forward): to the second; full: no file of
-    the first may grow beyond 20,000 bytes any more.
+    the first may grow beyond 20,000 bytes any more; gathered: each tensor of a checkpoint is let go of before the next.
     """
     how, _, after = stop.partition(" ")
     real, steps = training._update, []
@@ -103,6 +119,8 @@ def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         return norm
 
+    if how == "gathered":
+        one_at_a_time()
     training._update = update
     try:
         result = train(recipe(Path(corpus), *more), out, resume=resume == "resume")

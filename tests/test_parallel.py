@@ -147,6 +147,19 @@ def test_out_of_memory_and_a_full_disk_in_one_process(corpus: Path, tmp_path: Pa
     close_runs(out, tmp_path / "one")
 
 
+def test_tensors_are_gathered_as_they_are_written(corpus: Path, tmp_path: Path) -> None:
+    """Without async_save the first process holds one of them whole at a time; a disk that is full ends all."""
+    waiting, out = "train.async_save=false", tmp_path / "run"
+    done = run(2, corpus, out, waiting, stop="full 3")
+    assert done.returncode != 0
+    assert f"CheckpointError: {out}/checkpoint-4: cannot be written: " in done.stderr
+    assert len(re.findall(f"Error: .*; the last good checkpoint is {out}/checkpoint-2", done.stderr)) == 2, done.stderr
+    done = run(2, corpus, out, waiting, resume=True, stop="gathered 0")
+    assert done.returncode == 0, done.stderr
+    train(recipe(corpus, *STEPS), tmp_path / "one")
+    close_runs(out, tmp_path / "one")
+
+
 def test_slurm_s_tasks_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -134,16 +134,20 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
     Raises CheckpointError for a file that is missing or incomplete, and for types that are not PyTorch's own.
     """
+    return {name: tensor for path in _files(folder) for name, tensor in stored_file(path).items()}
+
+
+def stored_file(path: Path, digest: str | None = None) -> dict[str, Stored]:
+    """All tensors of one file, none of them read yet; CheckpointError as for `stored_tensors` and `read_file`."""
     types = {name: dtype for dtype, name in _TYPES.items()}
     found: dict[str, Stored] = {}
-    for path in _files(folder):
-        with _opened(path) as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a mapping
-                part = stored.get_slice(name)
-                if part.get_dtype() not in types:
-                    raise CheckpointError(f"{path}: tensor '{name}' is of type {part.get_dtype()}")
-                read = functools.partial(_read_one, path, name)
-                found[name] = Stored(types[part.get_dtype()], tuple(part.get_shape()), read)
+    with _opened(path, digest) as stored:
+        for name in stored.keys():  # noqa: SIM118 - not a mapping
+            part = stored.get_slice(name)
+            if part.get_dtype() not in types:
+                raise CheckpointError(f"{path}: tensor '{name}' is of type {part.get_dtype()}")
+            read = functools.partial(_read_one, path, name)
+            found[name] = Stored(types[part.get_dtype()], tuple(part.get_shape()), read)
     return found
 
 
