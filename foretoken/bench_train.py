@@ -44,7 +44,7 @@ PEERS = ("liger", "cce", "cce_exact", "torch")  # other fused losses, a call per
 
 def shape(vocab_size: int, width: int, blocks: int, context: int, n: int) -> ModelConfig:
     """A model of `blocks` blocks, the further heads' among them. Raises ConfigError for a width that no heads share."""
-    heads = max(1, width // (64 if width < 2048 else 128))  # as wide as the paper's (table S14)
+    heads = max(1, width // (128 if width >= 2048 and width % 128 == 0 else 64))  # as wide as the paper's (table S14)
     if width // heads % 2:
         raise ConfigError(
             f"width = {width} gives attention heads an odd width, {width // heads}: take a multiple of 64"

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,34 @@ def save_checkpoint(
     `directory` may exist when it holds no checkpoint yet (a run's own folder): the files are then moved in one by one,
     config.json last, and a directory without config.json is no checkpoint. unlogged: what training has measured since
     its last record, part of the training state. Adapters are added to their matrices. world: all its processes must
-    call this; the first one writes, and holds no more than one sharded tensor whole. Raises CheckpointError when it
+    call this; the first one writes, and none holds more than one sharded tensor whole. Raises CheckpointError when it
     cannot be written, or the tokenizer has more tokens than the model; then nothing is left behind.
     """
     _check_fit(directory, tokenizer, model.config)
-    parts: list[Tensor] = []
+    parts, torn, error = list[Tensor](), False, None
 
     def lent(tensor: Tensor) -> Stored:
         parts.append(tensor)
-        place = len(parts) - 1
-        return Stored(tensor.dtype, tuple(tensor.shape), lambda: whole(parts[world.told(place)]))
+        return Stored(tensor.dtype, tuple(tensor.shape), partial(read, len(parts) - 1))
 
-    def write() -> None:
-        try:
-            write_checkpoint(Path(directory), contents)
-        finally:
-            world.told(-1)
+    def read(place: int) -> Tensor:
+        nonlocal torn
+        torn = True  # the others are in an exchange: what fails here ends this process, and theirs with it
+        full = whole(parts[world.told(place)])
+        torn = False
+        return full
 
     contents = _contents(model, tokenizer, provenance, optimizers, unlogged, lent if world.size > 1 else None)
-    while not world.first and (place := world.told(-1)) >= 0:  # hand over a part of what the first one asks for
+    try:
+        if world.first:
+            write_checkpoint(Path(directory), contents)
+    except Exception as caught:  # told to the others, who would wait for ever
+        if torn:
+            raise
+        error = caught
+    while (place := world.told(-1)) >= 0:  # a part of what the first process asks for
         whole(parts[place])
-    world.first_does(write)
+    world.all_raise(error)
     return Path(directory)
 
 
@@ -86,11 +94,8 @@ def gather_checkpoint(
     model: Model, tokenizer: Tokenizer, provenance: Provenance | None = None,
     optimizers: Sequence[torch.optim.Optimizer] = (), unlogged: Mapping[str, Any] | None = None, world: World = ALONE,
 ) -> Contents:  # fmt: skip
-    """What `save_checkpoint` writes, copied into the first process's main memory, so that it stays what it is while
-    training goes on; all processes must call this.
-
-    Sharded tensors are brought there one by one, so that no device holds more than one of them whole.
-    """
+    """What `save_checkpoint` writes, copied tensor by tensor into the first process's main memory, where it stays what
+    it is while training goes on; all processes must call this, and the others' tensors are empty."""
 
     def copied(tensor: Tensor) -> Tensor:
         full = whole(tensor)
@@ -111,7 +116,7 @@ def _contents(
 
 
 def write_checkpoint(target: Path, contents: Contents) -> None:
-    """Write what `gather_checkpoint` gave, as `save_checkpoint` says; in the first process."""
+    """Write contents as `save_checkpoint` says; in the first process."""
     if (target / "config.json").exists():
         raise CheckpointError(f"{target}: holds a checkpoint already; choose another directory")
     with staged(target, target if target.is_dir() else target.parent) as staging:

@@ -63,7 +63,7 @@ def generate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, drafting with the extra heads. The text does not depend on the drafts."""
+    """Continue a prompt, drafting with the extra heads: the same text as without them, but for near-ties on a GPU."""
     from foretoken.checkpoint import load_checkpoint
     from foretoken.completion import stream
     from foretoken.display import summary

@@ -140,10 +140,8 @@ def _score(display: Display, model: Model, tokenizer: Tokenizer, out: Path) -> t
 
 
 def _decoding() -> tuple[str, bool]:
-    """Type of the weights for decoding, and whether steps are compiled.
-
-    Only compiled steps are exact in bfloat16, which is only faster where the processor multiplies it.
-    """
+    """Type of the weights for decoding, and whether steps are compiled."""
+    # Only compiled steps are exact in bfloat16, which is only faster where the processor multiplies it.
     compiled = library() is not None
     return "bfloat16" if compiled and optim.fast_bfloat16(torch.device("cpu")) else "float32", compiled
 

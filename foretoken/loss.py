@@ -247,7 +247,7 @@ def _nll(states: Tensor, weight: Tensor, label: Tensor, valid: Tensor, normalise
 
 @functools.cache
 def _fused(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
-    """One pass over a GPU's memory for what is several operations."""
+    """On a GPU one pass over memory for what is several operations; elsewhere the function itself."""
     return torch.compile(function) if on_gpu else function
 
 

@@ -48,8 +48,8 @@ class Meter:
             accepted = torch.nn.functional.pad(agreed.accepted, (1, 0))  # nothing drafts head 1's token
             values |= {"agreed": agreed.agreed, "pairs": agreed.count, "accepted": accepted}
             self.positions = agreed.positions + self.positions
-        for name, value in values.items():  # where they are: a step does not wait for its sums
-            self.sums[name] = value + self.sums[name].to(value.device)
+        for name, value in values.items():  # where they are: no micro-batch waits for its sums
+            self.sums[name] = value + self.sums[name].to(value.device, non_blocking=True)
 
     def take(self, kind: str, step: int) -> Record:
         """The record of everything added since the last one; a head with no target has None."""

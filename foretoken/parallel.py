@@ -53,9 +53,10 @@ class World:
 
     def told(self, number: int) -> int:
         """The first process's number, in all of them."""
+        if self.size == 1:
+            return number
         known = torch.tensor(number, device=self.device)
-        if self.size > 1:
-            dist.broadcast(known, 0)
+        dist.broadcast(known, 0)
         return int(known)
 
     def first_does(self, task: Callable[[], object]) -> None:
@@ -66,6 +67,10 @@ class World:
                 task()
             except Exception as caught:  # told to the others, who would wait for ever
                 error = caught
+        self.all_raise(error)
+
+    def all_raise(self, error: Exception | None) -> None:
+        """End all processes where the first one has an error."""
         if self.any(error is not None):
             raise error or TrainingError("the first process has failed; see its error")
 
@@ -151,12 +156,10 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def leave_world() -> None:
     """End what `join_world` began, if anything; at once where an error is on its way, which must be told before
-    the launcher ends this process for another's.
-
-    A thread of gloo's lets go of a collective's tensors after the collective, for which it needs the interpreter's
-    lock; one that asks for it when the interpreter is ending aborts the process. Nothing in torch waits for these
-    threads (a group lives on in DTensor's caches), so the lock is given up here for a time long beyond what they take.
-    """
+    the launcher ends this process for another's."""
+    # A thread of gloo's lets go of a collective's tensors after the collective, for which it needs the interpreter's
+    # lock; one that asks for it when the interpreter is ending aborts the process. Nothing in torch waits for these
+    # threads (a group lives on in DTensor's caches), so the lock is given up here for a time far beyond what they take.
     if dist.is_available() and dist.is_initialized():
         threads = dist.get_backend() == "gloo"
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A run's checkpoints: copied between two steps, then written by a thread of its own while training goes on."""
+"""A run's checkpoints: copied between two steps and written by a thread while training goes on, or written at once."""
 
 from __future__ import annotations
 

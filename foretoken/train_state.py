@@ -74,7 +74,7 @@ def load_train_state(folder: Path, model: Model, optimizers: Sequence[torch.opti
                     stored = tensors.pop(key)
                     if stored.shape and stored.shape != p.shape:
                         raise CheckpointError(f"{path}: '{key}' has shape {stored.shape}, must be {tuple(p.shape)}")
-                    value = stored.read()  # one at a time: there may be several processes on the machine
+                    value = stored.read().clone()  # and not the file's memory, of which each process would hold all
                     optimizer.state[p][key.removeprefix(prefix)] = like(value, p) if value.dim() else value
     if tensors:
         raise CheckpointError(f"{path}: state '{next(iter(tensors))}' belongs to no parameter of this model")

@@ -101,12 +101,11 @@ def _merge(y: Tensor, lse: Tensor, scores: Tensor, own_v: Tensor) -> tuple[Tenso
 
 
 class _MergedAttention(torch.autograd.Function):
-    """softmax over [causal keys, own keys] without forming it.
+    """softmax over [causal keys, own keys] without forming it."""
 
-    The kernel gives the causal part and the logarithm of its normaliser; the own scores join in by their share of the
-    joint one. Its backward needs only the joint output and normaliser, as when attention is split over devices (Liu et
-    al. 2023, ring attention).
-    """
+    # The kernel gives the causal part and the logarithm of its normaliser; the own scores join in by their share of the
+    # joint one. Its backward needs only the joint output and normaliser, as when attention is split over devices (Liu
+    # et al. 2023, ring attention).
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:

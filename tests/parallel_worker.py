@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import signal
 import sys
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from conftest import tiny_model
 from small_runs import recipe
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from foretoken import checkpoint
 from foretoken import train as training
@@ -77,23 +78,32 @@ def gradients(kind: str, within: int) -> None:
 
 def one_at_a_time() -> None:
     """Fail where a checkpoint's next tensor is gathered while the one before it is still held."""
-    real, held = checkpoint.whole, list[weakref.ref[torch.Tensor]]()
+    real, held = checkpoint.whole, list[StorageWeakRef]()
 
     def gathered(tensor: torch.Tensor) -> torch.Tensor:
-        assert not [ref for ref in held if ref() is not None], "another tensor is held whole"
+        end = time.monotonic() + 5.0
+        while held and not held[-1].expired():  # a thread of gloo's may still let go of it
+            assert time.monotonic() < end, "another tensor is held whole"
+            time.sleep(0.001)
         full = real(tensor)
         if isinstance(tensor, DTensor):
-            held[:] = [weakref.ref(full)]
+            held.append(StorageWeakRef(full.untyped_storage()))
         return full
 
     checkpoint.whole = gathered
+    atexit.register(lambda: print(f"{len(held)} gathered", file=sys.stderr))
+
+
+def no_room(tensor: torch.Tensor) -> torch.Tensor:
+    raise MemoryError
 
 
 def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
     """A training run; stop: "" or, as "interrupt 3", what happens after so many steps of this process's.
 
     interrupt: in all; kill, term, nan, memory (torch's own error in the next forward): to the second; full: no file of
-    the first may grow beyond 20,000 bytes any more; gathered: each tensor of a checkpoint is let go of before the next.
+    the first may grow beyond 20,000 bytes any more; lost: the first has no memory for a tensor that the others wait to
+    give; gathered: each tensor of a checkpoint is let go of before the next.
     """
     how, _, after = stop.partition(" ")
     real, steps = training._update, []
@@ -115,6 +125,8 @@ def run(corpus: str, out: str, resume: str, stop: str, more: list[str]) -> None:
                 while newest_step(Path(out)) is None:  # which the first one is writing
                     time.sleep(0.01)
                 training.mtp_loss = lambda *arguments, **options: torch.empty(2**60)
+            if how == "lost" and os.environ["RANK"] == "0":
+                checkpoint.whole = no_room
             if how == "full" and os.environ["RANK"] == "0":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         return norm

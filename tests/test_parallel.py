@@ -156,8 +156,16 @@ def test_tensors_are_gathered_as_they_are_written(corpus: Path, tmp_path: Path) 
     assert len(re.findall(f"Error: .*; the last good checkpoint is {out}/checkpoint-2", done.stderr)) == 2, done.stderr
     done = run(2, corpus, out, waiting, resume=True, stop="gathered 0")
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^[1-9]\d+ gathered", done.stderr, re.M)
     train(recipe(corpus, *STEPS), tmp_path / "one")
     close_runs(out, tmp_path / "one")
+
+
+def test_no_memory_for_a_tensor_that_the_others_are_giving(corpus: Path, tmp_path: Path) -> None:
+    done = run(2, corpus, tmp_path / "run", "train.async_save=false", stop="lost 1")
+    assert done.returncode != 0
+    assert "rank 0 of 2: out of memory" in done.stderr
+    assert not newest_step(tmp_path / "run")
 
 
 def test_slurm_s_tasks_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

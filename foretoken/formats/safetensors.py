@@ -31,7 +31,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in a file: its type and shape, and `read`, which gives it when it is needed."""
+    """A tensor in a file or spread over processes: its type and shape, and `read`, which gives it when it is needed."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
