@@ -139,6 +139,17 @@ def test_fit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(whole[0]["losses"]) == 3
 
 
+def test_batches_that_other_processes_make_are_the_same() -> None:
+    """They are for a GPU; a run that goes on begins in the middle."""
+
+    def sample(step: int) -> fit.Sample:
+        return (torch.tensor([[step]]), torch.zeros(1, 1), torch.ones(1, 1))
+
+    made = list(fit.batches(sample, range(3, 20), torch.device("cuda")))
+    assert [int(tokens) for tokens, _, _ in made] == [*range(3, 20)]
+    assert not list(fit.batches(sample, range(0), torch.device("cuda")))
+
+
 def test_with_one_head_the_loop_is_ordinary_training(tmp_path: Path) -> None:
     """Cross-entropy of the next token in a plain loop, with torch's own AdamW: what n is compared with is no bug."""
     given, plain = (tiny_model(n_future=1, dtype=torch.float32, peaked=False) for _ in range(2))
