@@ -214,10 +214,10 @@ class _Chunk:
             found += (part @ self.weight[columns]) * share
             if grad_weight is not None:
                 taught, into = (share * self.states).to(part.dtype), grad_weight[columns]
-                if room is None:  # the product is added where it is made
+                if part.is_cuda and not torch.compiler.is_compiling():  # the product is added where it is made
                     torch.addmm(into, part.T, taught, out_dtype=into.dtype, out=into)
                 else:
-                    into += torch.mm(part.T, taught, out=room[: part.size(1)])
+                    into += torch.mm(part.T, taught, out=None if room is None else room[: part.size(1)])
         if grad_weight is not None:
             grad_weight.index_add_(0, label, -factor[:, None] * self.states.to(factor.dtype))
         return found
@@ -245,10 +245,12 @@ def _nll(states: Tensor, weight: Tensor, label: Tensor, valid: Tensor, normalise
     return found.masked_fill(~valid, 0.0).sum(dtype=torch.float64)
 
 
-@functools.cache
+_compiled = functools.cache(torch.compile)
+
+
 def _fused(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
-    """On a GPU one pass over memory for what is several operations; elsewhere the function itself."""
-    return torch.compile(function) if on_gpu else function
+    """On a GPU one pass over memory for what is several operations; elsewhere, or inside torch.compile, as it is."""
+    return _compiled(function) if on_gpu and not torch.compiler.is_compiling() else function
 
 
 def sequential_backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from functools import partial
 from typing import Any
@@ -291,6 +292,24 @@ def test_no_product_is_computed_twice_and_evaluation_computes_no_gradient() -> N
     assert recorder.products == 3
     assert not output.total.requires_grad
     close(output.sums, mtp_loss(hidden, weight, labels, torch.ones(3)).sums, "sums")
+
+
+def test_a_whole_step_can_be_compiled() -> None:
+    """In one graph, without a warning, to the same loss and gradients."""
+
+    def step(hidden: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        return mtp_loss([2 * h for h in hidden], weight, labels, factors).total
+
+    hidden, weight = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(2)], torch.randn(9, 4, requires_grad=True)
+    labels = torch.randint(0, 9, (2, 2, 5))
+    factors = scales([1.0, 0.5], valid_counts(labels))
+    wanted = torch.autograd.grad(step(hidden, weight), [*hidden, weight])
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = torch.autograd.grad(compiled(hidden, weight), [*hidden, weight])
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b, "gradient")
 
 
 # What is reported
