@@ -312,6 +312,34 @@ def test_a_whole_step_can_be_compiled() -> None:
         close(a, b, "gradient")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("matrices", [1, 3])
+def test_a_gpu_s_loss_is_plain_cross_entropy(
+    dtype: torch.dtype, near: float, matrices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sums are compiled, and products are added where they are made; several chunks; bfloat16 by autocast."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 60_000)
+    generator, wide = torch.Generator().manual_seed(0), torch.promote_types(dtype, torch.float32)
+    sizes = [(2, 250, 64)] * 3 + [(1000, 64)] * matrices
+    given = [torch.randn(size, generator=generator).to(dtype).to("cuda", wide) for size in sizes]
+    labels = torch.randint(0, 1000, (3, 2, 250), generator=generator).cuda()
+    labels[:, :, ::7] = IGNORE
+    factors = scales([1.0, 0.5, 0.25], valid_counts(labels))
+    tensors, plain = ([x.detach().to(kind).requires_grad_() for x in given] for kind in (wide, torch.float64))
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        total = mtp_loss(tensors[:3], tensors[3] if matrices == 1 else tensors[3:], labels, factors).total
+    heads = zip(plain[:3], plain[3:] * (3 // matrices), labels, factors, strict=True)
+    wanted = torch.stack(
+        [F.cross_entropy((h @ w.T).flatten(0, 1), y.flatten(), reduction="sum") * factor for h, w, y, factor in heads]
+    ).sum()
+    (2 * total).backward()
+    (2 * wanted).backward()
+    assert float(total) == pytest.approx(float(wanted), rel=near)
+    for found, right in zip(tensors, plain, strict=True):
+        assert float((found.grad - right.grad).norm() / right.grad.norm()) < near
+
+
 # What is reported
 
 
