@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class KVCache:
         assert all(side.shape == shape and side.dtype == dtype for side in memory)
         self.keys, self.values = memory
         self.lengths = [0] * shape[1]
+        self.desk: dict[tuple[int, ...], Any] = {}  # what compiled steps behind it work with, by their shape
 
     @property
     def capacity(self) -> int:
@@ -109,7 +111,8 @@ class KVCache:
     def vacant(self) -> KVCache:
         """The first row not in use, as an empty cache of its own in the same memory."""
         row, view = len(self.lengths), object.__new__(KVCache)
-        view.keys, view.values, view.lengths = self.keys[:, row : row + 1], self.values[:, row : row + 1], [0]
+        view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        view.lengths, view.desk = [0], {}
         return view
 
     def join(self, row: KVCache) -> None:

@@ -29,7 +29,7 @@ from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree, chain
 
 LARGEST_TREE = 32  # nodes
-CHOOSE_EVERY, GROW_EVERY = 4, 32  # steps, where their number of drafts, and their shape, are not given
+CHOOSE_EVERY, GROW_EVERY = 8, 32  # steps, where their number of drafts, and their shape, are not given
 
 
 def decode(

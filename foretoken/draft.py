@@ -136,29 +136,33 @@ class Drafter:
         stepper = self.stepper
         steps = stepper.graphs or stepper.native
         inside = self.drafts if self.heads_draft else 0
-        shape = chain(len(tokens[0]) - 1) if tree is None else tree
-        drafted = [row[1:] for row in tokens]
-        change = changes(requests, lambda row: shape.before(drafted[row]))
-        short = len(tokens[0]) + inside < MOST_TOKENS
-        known = not inside or (self.compiled and not stepper.config.own_unembeddings)
-        if steps is not None and known and short and change is None:
-            stepper.grow_tables(cache)
+        change = changes(requests, lambda row: (tree or chain(len(tokens[0]) - 1)).before(tokens[row][1:]))
+        if steps is not None and change is None and self._at_once(len(tokens[0])):
             own, ranks, among = (self.cache, self.ranks, self.draft_vocab) if inside else (None, 1, None)
             picked, logprobs, paths, flat, self.proposed = steps.turn(
                 tokens, cache, own, keys, inside, self.proposed, tree, ranks, among
             )
-            ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
+            ahead = keys.behind(map(len, paths), self.drafts + 1)
             if inside or not self.drafts:
-                drafts = flat if self.tree is None else self.placed([_pairs(row, ranks) for row in flat])
-                return Turn(picked, logprobs, paths, drafts, ahead)
+                return Turn(picked, logprobs, paths, self._of(flat), ahead)
             hidden = z = torch.empty(0)
         else:
             picked, logprobs, paths, hidden, z = self._verify(tokens, cache, keys, change, tree)
-            ahead = keys.behind([len(path) for path in paths], self.drafts + 1)
+            ahead = keys.behind(map(len, paths), self.drafts + 1)
         new = [own[: len(path)] for own, path in zip(picked, paths, strict=True)]
         start = Start(requests, new, [len(path) - 1 for path in paths], hidden, z, ahead)
         drafts, self.proposed = self._drafts(start, self.cache)
         return Turn(picked, logprobs, paths, drafts, ahead)
+
+    def _at_once(self, count: int) -> bool:
+        """Whether a compiled step of so many tokens is one call, with the drafts of the model's heads."""
+        inside = self.drafts if self.heads_draft else 0
+        known = not inside or (self.compiled and not self.stepper.config.own_unembeddings)
+        return known and count + inside < MOST_TOKENS
+
+    def _of(self, flat: list[list[int]]) -> list[list[int]]:
+        """The drafts of each row, from candidates (B, K x ranks), place by place."""
+        return flat if self.tree is None else self.placed([_pairs(row, self.ranks) for row in flat])
 
     def _verify(
         self, tokens: list[list[int]], cache: KVCache, keys: Keys, change: Change | None, tree: Tree | None
@@ -227,7 +231,16 @@ class SequentialDrafter(Drafter):
     def propose(self, start: Start, cache: KVCache | None) -> Proposal:
         """See `Drafter`."""
         assert cache is not None
-        following, z = start.following, start.z[:, : max(start.at) + 1]
+        following, z, native = start.following, start.z[:, : max(start.at) + 1], self.stepper.native
+        if native and self._at_once(1) and len(following) == 1 and changes(start.requests, lambda row: ()) is None:
+            *before, last = following[0]
+            if before:
+                self.stepper.draft(torch.tensor([before]), z[:, :-1], cache, last=True)
+            keys, state = start.keys.behind([-1], self.drafts), z[:, -1].float().contiguous()
+            _, _, _, flat, law = native.turn(
+                [[last]], cache, cache, keys, self.drafts, None, None, self.ranks, self.draft_vocab, state
+            )
+            return self._of(flat), law
         kept = [length + len(tokens) for length, tokens in zip(cache.lengths, following, strict=True)]
         alone = len(following) == 1  # its last state is the one
         state = last_of(self.stepper.draft(padded(following, z.device), z, cache, last=alone), start.at)

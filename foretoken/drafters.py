@@ -17,7 +17,7 @@ from foretoken.model import Model, Stepper
 from foretoken.pace import SMALLEST_VOCABULARY, WIDTH, Pace, measured_costs, never_falling
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling
-from foretoken.tree import Tree
+from foretoken.tree import Tree, chain
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,15 @@ def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | No
         cache = stepper.new_cache(rows, room, drafter.heads)
         drafter.tree, drafter.draft_vocab = tree, among
         tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
+        follows = Pace([1.0] * (drafts + 1))  # which takes a part of a small step
         keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
 
         def run() -> None:
             cache.lengths = [length] * rows
             drafter.stand(cache.lengths)
-            drafter.turn(requests, tokens, cache, keys, tree)
+            turn = drafter.turn(requests, tokens, cache, keys, tree)
+            if drafts:
+                follows.record([tree or chain(drafts)] * rows, turn.paths, tokens)
 
         return run
 

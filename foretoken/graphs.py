@@ -107,7 +107,7 @@ class Graphs:
             found, law = self._step(shape, memory, torch.tensor(given), proposed)
             return found.numpy(), law
         addresses = [cache.address for cache in memory if cache is not None]
-        key = (shape, *addresses, self.tables[0].data_ptr())
+        key = (shape, *addresses, *(table.data_ptr() for table in self.tables))
         graph = self.captured.pop(key, None)
         if graph is None:
             graph = _Graph(given, proposed, lambda numbers, law: self._step(shape, memory, numbers, law))

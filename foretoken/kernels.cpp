@@ -12,11 +12,14 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <thread>
 #include <vector>
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -81,9 +84,31 @@ inline vec load(const bf16* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, vec v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h16 = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h16, sizeof h16);
+    return;
+#endif
     const uvec bits = (uvec)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const halves h = __builtin_convertvector(v == v ? rounded : uvec{} + 0x7FC0, halves);
     std::memcpy(p, &h, sizeof h);
+}
+
+// One number, or LANES of them.
+inline void put(float* p, float y) { *p = y; }
+inline void put(float* p, vec y) { store(p, y); }
+inline void add(float* p, float y) { *p += y; }
+inline void add(float* p, vec y) { store(p, load(p) + y); }
+template <class W>
+inline float plus(float y, const W* p) { return y + widen(*p); }
+template <class W>
+inline vec plus(vec y, const W* p) { return y + load(p); }
+
+template <class T>
+inline void narrow_all(const float* x, int64_t n, T* y) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
+    for (; i < n; ++i) narrow(x[i], y[i]);
 }
 
 // a * b + c, rounded once where the machine can; written out, so that a sum is not rounded as its surroundings suggest.
@@ -101,6 +126,13 @@ inline vec fma(vec a, vec b, vec c) {
 }
 
 inline float sum(vec v) {
+#if defined(__AVX512F__)  // in the same order
+    const __m512d d = (__m512d)v;
+    const __m256 e = _mm256_add_ps((__m256)_mm512_castpd512_pd256(d), (__m256)_mm512_extractf64x4_pd(d, 1));
+    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+    const __m128 h = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#endif
     float a[LANES];
     store(a, v);
     for (int w = LANES / 2; w; w /= 2)
@@ -148,6 +180,15 @@ INLINE void sums(const vec (&acc)[OUTS][R], float (*out)[OUTS]) {
 
 // exp to 2 ulp, 0 below -87: range reduction to [-ln 2 / 2, ln 2 / 2] and the Taylor polynomial of degree 7.
 inline vec exp(vec x) {
+#if defined(__AVX512F__)
+    const __m512 a = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-88.0f), (__m512)x));
+    const __m512 whole = _mm512_roundscale_ps(a * 1.44269504f, 8);
+    vec rest = fma((vec)whole, vec{} - 0.693359375f, (vec)a);
+    rest = fma((vec)whole, vec{} + 2.12194440e-4f, rest);
+    vec q = vec{} + 1.0f / 5040;
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) q = fma(q, rest, vec{} + c);
+    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)q, whole);
+#endif
     const ivec small = x < -87.0f, large = x > 88.0f;
     x = small ? vec{} - 87.0f : large ? vec{} + 88.0f : x;
     const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
@@ -169,7 +210,7 @@ class Buffer {
     explicit Buffer(int64_t count) { reserve(count); }
     Buffer(const Buffer&) = delete;
     ~Buffer() { std::free(at); }
-    T* data() { return at; }
+    T* data() const { return at; }
     T* reserve(int64_t count) {  // what it held is lost
         if (count > room) {
             std::free(at);
@@ -279,6 +320,78 @@ void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int6
     }
 }
 
+// Panels: the weights of small models once more, LANES outputs side by side, (in / 2, LANES, 2) in bfloat16. No sum goes
+// across a vector, which with their short rows costs as much as the multiplications.
+#if defined(__AVX512BF16__)
+constexpr int PANEL = LANES;
+
+// P panels times R rows of x (R, ldx) -> out. n is a multiple of 4.
+template <int P, int R>
+INLINE void multiply_panels(const bf16* const (&w)[P], int64_t n, const bf16* x, int64_t ldx, vec (&out)[R][P]) {
+    __m512 acc[2][R][P];
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int p = 0; p < P; ++p) acc[0][r][p] = acc[1][r][p] = __m512{};
+    for (int64_t i = 0; i < n; i += 4)
+        UNROLL for (int h = 0; h < 2; ++h) {
+            __m512bh pairs[R];
+            UNROLL for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, x + r * ldx + i + 2 * h, 4);
+                pairs[r] = (__m512bh)_mm512_set1_epi32(pair);
+            }
+            UNROLL for (int p = 0; p < P; ++p) {
+                const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[p] + (i + 2 * h) * PANEL);
+                UNROLL for (int r = 0; r < R; ++r) acc[h][r][p] = _mm512_dpbf16_ps(acc[h][r][p], weight, pairs[r]);
+            }
+        }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int p = 0; p < P; ++p) out[r][p] = (vec)(acc[0][r][p] + acc[1][r][p]);
+}
+
+// Where panel number p + a / EACH lies, of the one matrix or, in turn, of two that are `apart` panels apart.
+template <int P, int EACH, int R, class Emit>
+void emit_panels(const bf16* w, int64_t n, int64_t apart, int64_t p, const bf16* x, int64_t ldx, int64_t r, Emit emit) {
+    const bf16* at[P];
+    UNROLL for (int a = 0; a < P; ++a) at[a] = w + (p + a / EACH + a % EACH * apart) * n * PANEL;
+    vec out[R][P];
+    multiply_panels<P, R>(at, n, x + r * ldx, ldx, out);
+    UNROLL for (int b = 0; b < R; ++b)
+        UNROLL for (int a = 0; a < P; a += EACH) emit(p + a / EACH, r + b, &out[b][a]);
+}
+
+template <int P, int EACH, class Emit>
+void some_panels(const bf16* w, int64_t n, int64_t apart, int64_t p, const bf16* x, int64_t ldx, int64_t rows, int64_t each,
+                 Emit emit) {
+    for (int64_t r = 0; r < rows; r += each)
+        switch (std::min(each, rows - r)) {
+            case 1: emit_panels<P, EACH, 1>(w, n, apart, p, x, ldx, r, emit); break;
+            case 2: emit_panels<P, EACH, 2>(w, n, apart, p, x, ldx, r, emit); break;
+            case 3: emit_panels<P, EACH, 3>(w, n, apart, p, x, ldx, r, emit); break;
+            case 4: emit_panels<P, EACH, 4>(w, n, apart, p, x, ldx, r, emit); break;
+            case 5: emit_panels<P, EACH, 5>(w, n, apart, p, x, ldx, r, emit); break;
+            case 6: emit_panels<P, EACH, 6>(w, n, apart, p, x, ldx, r, emit); break;
+        }
+}
+
+// emit(p, r, y) for panels p in [begin, end) and rows r: y[0] are the outputs of panel p, and y[1], where EACH is 2, those of
+// panel p + apart.
+template <int EACH, class Emit>
+void panels(const bf16* w, int64_t n, int64_t apart, int64_t begin, int64_t end, const bf16* x, int64_t rows, Emit emit) {
+    const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;
+    for (int64_t p = begin, count; p < end; p += count / EACH) {
+        const int64_t left = (end - p) * EACH;
+        count = each <= 2 && left >= 4 ? 4 : left >= 2 ? 2 : 1;  // few rows leave registers for more panels
+        if (count == 4) some_panels<4, EACH>(w, n, apart, p, x, n, rows, each, emit);
+        else if (count == 2) some_panels<2, EACH>(w, n, apart, p, x, n, rows, each, emit);
+        else if constexpr (EACH == 1) some_panels<1, EACH>(w, n, apart, p, x, n, rows, each, emit);
+    }
+}
+#else
+constexpr int PANEL = 0;
+#endif
+template <int EACH, class W, class A, class Emit>  // float32, and machines that have none
+void panels(const W*, int64_t, int64_t, int64_t, int64_t, const A*, int64_t, Emit) {}
+
 // Scores (rows, room) of queries (rows, H) with the keys (slots, H) of one head.
 template <class W, class A>
 void multiply_keys_apart(const W* keys, int64_t H, int64_t slots, const A* queries, int64_t rows, float scale, int64_t room,
@@ -288,27 +401,6 @@ void multiply_keys_apart(const W* keys, int64_t H, int64_t slots, const A* queri
 }
 
 #if defined(__AVX512F__)
-// Rows of 16 words of 32 bits -> columns.
-inline void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    UNROLL for (int k = 0; k < 4; ++k) {
-        const __m512i a = _mm512_shuffle_i32x4(r[k], r[k + 4], 0x88), b = _mm512_shuffle_i32x4(r[k], r[k + 4], 0xDD);
-        const __m512i c = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0xDD);
-        t[k] = _mm512_shuffle_i32x4(a, c, 0x88), t[k + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        t[k + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[k + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
-    std::memcpy(r, t, sizeof t);
-}
-
 // A word holds a float, or two bfloat16.
 inline vec multiply_words(float, __m512i a, __m512i b, vec c) { return fma((vec)a, (vec)b, c); }
 #if defined(__AVX512BF16__)
@@ -317,25 +409,39 @@ inline vec multiply_words(bf16, __m512i a, __m512i b, vec c) {
 }
 #endif
 
-// 16 keys at a time, R queries.
+// 16 keys at a time, R queries. Four keys side by side hold word 4 l + k of each in lane l of vector k: so lanes are summed, at
+// the end, of all 16 keys at once.
 template <int R, class W>
 inline void multiply_16_keys(const W* keys, int64_t H, int64_t slots, int64_t first, const W* queries, float scale,
                              int64_t room, float* scores) {
-    constexpr int EACH = 4 / sizeof(W);
-    vec acc[R][2] = {};
-    for (int64_t i = 0; i < H; i += 16 * EACH) {
-        __m512i words[16];
-        UNROLL for (int s = 0; s < 16; ++s)
-            words[s] = _mm512_loadu_si512(keys + std::min(first + s, slots - 1) * H + i);
-        transpose(words);
-        UNROLL for (int j = 0; j < 16; ++j)
-            UNROLL for (int r = 0; r < R; ++r) {
-                int32_t word;
-                std::memcpy(&word, queries + r * H + i + j * EACH, 4);
-                acc[r][j % 2] = multiply_words(W(), words[j], _mm512_set1_epi32(word), acc[r][j % 2]);
-            }
+    constexpr int64_t EACH = 64 / sizeof(W);
+    vec acc[R][4] = {};
+    for (int64_t i = 0; i < H; i += EACH) {
+        __m512i words[R][4];
+        UNROLL for (int r = 0; r < R; ++r) {
+            const __m512i q = _mm512_loadu_si512(queries + r * H + i);
+            words[r][0] = _mm512_shuffle_epi32(q, _MM_PERM_AAAA), words[r][1] = _mm512_shuffle_epi32(q, _MM_PERM_BBBB);
+            words[r][2] = _mm512_shuffle_epi32(q, _MM_PERM_CCCC), words[r][3] = _mm512_shuffle_epi32(q, _MM_PERM_DDDD);
+        }
+        UNROLL for (int f = 0; f < 4; ++f) {
+            __m512i k[4];
+            UNROLL for (int s = 0; s < 4; ++s)
+                k[s] = _mm512_loadu_si512(keys + std::min(first + 4 * f + s, slots - 1) * H + i);
+            const __m512i a = _mm512_unpacklo_epi32(k[0], k[1]), b = _mm512_unpackhi_epi32(k[0], k[1]);
+            const __m512i c = _mm512_unpacklo_epi32(k[2], k[3]), d = _mm512_unpackhi_epi32(k[2], k[3]);
+            k[0] = _mm512_unpacklo_epi64(a, c), k[1] = _mm512_unpackhi_epi64(a, c);
+            k[2] = _mm512_unpacklo_epi64(b, d), k[3] = _mm512_unpackhi_epi64(b, d);
+            UNROLL for (int j = 0; j < 4; ++j)
+                UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_words(W(), k[j], words[r][j], acc[r][f]);
+        }
     }
-    for (int r = 0; r < R; ++r) store(scores + r * room + first, (acc[r][0] + acc[r][1]) * scale);
+    UNROLL for (int r = 0; r < R; ++r) {
+        const __m512 a = (__m512)acc[r][0], b = (__m512)acc[r][1], c = (__m512)acc[r][2], d = (__m512)acc[r][3];
+        const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+        const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+        const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+        store(scores + r * room + first, (vec)all * scale);
+    }
 }
 
 // Where rows of keys are whole vectors: keys become columns, so that no sum goes across a vector.
@@ -366,7 +472,7 @@ extern "C" {
 // The structures are mirrored field by field in native.py.
 
 struct Model {
-    int64_t bfloat16, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
+    int64_t bfloat16, packed, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
     double eps;
     const void *embedding, *unembedding, *norm;  // (V, D), (V, D), (D)
     const float *cos, *sin;                      // (positions, H), the first half of sin negative
@@ -403,6 +509,9 @@ struct Turn {
     // With rejection: logits (rows, tokens - 1, V) and (rows, drafts, V) that the old and the new drafts come from.
     const float* proposed;
     float* proposal;
+    // For a block that drafts: the trunk's output (rows, D) at the position before `token`, one a row, which is known to
+    // be the target's, as behind a prompt. Nothing is verified.
+    const float* state;
 };
 }
 
@@ -419,20 +528,48 @@ struct Part {
     }
 };
 
-inline void barrier() {
-#pragma omp barrier
-}
+// Where the threads of a region wait for each other: some 20 ns, where OpenMP's takes 300.
+class Barrier {
+    std::atomic<int> arrived{0}, turn{0};
 
-// y = x / rms(x) * weight for one row.
-template <class W, class A>
-void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
+  public:
+    void wait() {
+        const int threads = omp_get_num_threads(), now = turn.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int tries = 0; turn.load(std::memory_order_acquire) == now; tries += tries < 2200)
+            if (tries < 2000) pause();
+            else if (tries < 2200) std::this_thread::yield();  // others want the processor
+            else std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+
+  private:
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+};
+
+// 1 / rms(x).
+inline float inverse_rms(const float* x, int64_t n, double eps) {
     vec squares = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
     for (; i < n; ++i) total += x[i] * x[i];
-    const float scale = 1.0f / std::sqrt(total / float(n) + float(eps));
-    for (i = 0; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+    return 1.0f / std::sqrt(total / float(n) + float(eps));
+}
+
+// y = x / rms(x) * weight for one row.
+template <class W, class A>
+void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
+    const float scale = inverse_rms(x, n, eps);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
     for (; i < n; ++i) narrow(x[i] * scale * widen(weight[i]), y[i]);
 }
 
@@ -441,14 +578,17 @@ class Runner {
     typedef typename Beside<W>::type A;
     static constexpr int64_t FEW = 8;
     const Model& m;
-    const int64_t D, N, G, H, F, Q;  // G: key/value heads; Q: width of queries, keys and values together
+    const int64_t D, N, G, H, F, Q, unit;  // G: key/value heads; Q: width of queries, keys and values together
+    Barrier all;
     Buffer<A> input, mixed, hidden;
     Buffer<float> qkv, gate_up;
 
   public:
     Runner(const Model& model, int64_t rows)
-        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H),
+        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H), unit(model.packed ? LANES : OUTS),
           input(std::max(rows, FEW * model.threads) * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
+
+    void barrier() { all.wait(); }
 
     // x (R, D), in place. `embedded`: a block that reads the tokens' embeddings beside x. Of items before `from` keys
     // and values are all that is made; what they give stays as it was.
@@ -464,8 +604,8 @@ class Runner {
         const W* bias = (const W*)l.qkv_bias;
         auto project = [&, width = Q](int64_t begin, int64_t end, int64_t first) {
             float* out = qkv.data() + first * width;
-            product((const W*)l.qkv, in, begin, end, read + first * in, in, items.count - first, [=](int64_t o, int64_t r, float y) {
-                out[r * width + o] = bias ? y + widen(bias[o]) : y;
+            multiply(l.qkv, in, begin, end, read + first * in, items.count - first, [=](int64_t o, int64_t r, auto y) {
+                put(out + r * width + o, bias ? plus(y, bias + o) : y);
             });
         };
         if (G % threads == 0) {  // a thread projects what its own heads attend with
@@ -474,7 +614,7 @@ class Runner {
             project((N + first) * H, (N + end) * H, 0);
             project((N + G + first) * H, (N + G + end) * H, 0);
         } else {
-            const Part q(N * H, OUTS), kv(2 * G * H, OUTS);
+            const Part q(N * H, unit), kv(2 * G * H, unit);
             project(q.begin, q.end, from);
             project(N * H + kv.begin, N * H + kv.end, 0);
             barrier();
@@ -483,19 +623,14 @@ class Runner {
         barrier();
         const int64_t R = items.count - from;
         x += from * D;
-        const Part d(D, OUTS);
-        product((const W*)l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, N * H, R,
-                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+        const Part d(D, unit), f(F, unit);
+        auto residual = [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); };
+        multiply(l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, R, residual);
         barrier();
         read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
-        const Part f(F, OUTS);
-        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
-        product((const W*)l.gate_up, D, f.begin, f.end, read, D, R, keep);
-        product((const W*)l.gate_up, D, F + f.begin, F + f.end, read, D, R, keep);
-        for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
+        gated(l.gate_up, f, read, R);
         barrier();
-        product((const W*)l.down, F, d.begin, d.end, hidden.data(), F, R,
-                [x, width = D](int64_t o, int64_t r, float y) { x[r * width + o] += y; });
+        multiply(l.down, F, d.begin, d.end, hidden.data(), R, residual);
         barrier();
     }
 
@@ -507,13 +642,36 @@ class Runner {
     // States (rows, D) -> logits (rows, vocabulary) of the first tokens, normalised first.
     void logits(const float* states, int64_t rows, int64_t vocabulary, float* out) {
         A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
-        const Part v(vocabulary, OUTS);
-        product((const W*)m.unembedding, D, v.begin, v.end, read, D, rows,
-                [=](int64_t o, int64_t r, float y) { out[r * vocabulary + o] = y; });
+        const Part v(vocabulary, unit);
+        multiply(m.unembedding, D, v.begin, v.end, read, rows,
+                 [=](int64_t o, int64_t r, auto y) { put(out + r * vocabulary + o, y); });
         barrier();
     }
 
   private:
+    // emit(o, r, y) for the outputs o of rows x (rows, n); with panels LANES of them at once where they are whole.
+    template <class Emit>
+    void multiply(const void* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t rows, Emit emit) const {
+        if (!m.packed) return product((const W*)w, n, begin, end, x, n, rows, emit);
+        if (begin == end) return;  // behind the vocabulary, whose last panel is another's
+        panels<1>((const W*)w, n, 0, begin / LANES, (end + LANES - 1) / LANES, x, rows, [=](int64_t p, int64_t r, const vec* y) {
+            if ((p + 1) * LANES <= end) return emit(p * LANES, r, *y);
+            for (int64_t o = p * LANES; o < end; ++o) emit(o, r, (*y)[o % LANES]);
+        });
+    }
+
+    // silu(gate) * up of one part.
+    void gated(const void* w, Part f, const A* x, int64_t R) {
+        if (m.packed)
+            return panels<2>((const W*)w, D, F / LANES, f.begin / LANES, f.end / LANES, x, R, [=](int64_t p, int64_t r, const vec* y) {
+                store(hidden.data() + r * F + p * LANES, y[0] / (1.0f + exp(-y[0])) * y[1]);
+            });
+        auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
+        product((const W*)w, D, f.begin, f.end, x, D, R, keep);
+        product((const W*)w, D, F + f.begin, F + f.end, x, D, R, keep);
+        for (int64_t r = 0; r < R; ++r) gate(gate_up.data() + r * 2 * F, f, hidden.data() + r * F);
+    }
+
     // Rows (R, width) that fill(r, row) makes, for all threads. Of few rows each thread makes its own: no waiting.
     template <class Fill>
     A* prepare(int64_t R, int64_t width, Fill fill) {
@@ -549,6 +707,14 @@ class Runner {
         if (norm) normalise(x, (const W*)norm, H, m.eps, x);
         const float *cos = m.cos + position * H, *sin = m.sin + position * H;
         const int64_t half = H / 2;
+        if (half % LANES == 0) {
+            for (int64_t i = 0; i < half; i += LANES) {
+                const vec a = load(x + i), b = load(x + half + i);
+                store(y + i, a * load(cos + i) + b * load(sin + i));
+                store(y + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+            }
+            return;
+        }
         for (int64_t i = 0; i < half; ++i) narrow(x[i] * cos[i] + x[i + half] * sin[i], y[i]);
         for (int64_t i = half; i < H; ++i) narrow(x[i] * cos[i] + x[i - half] * sin[i], y[i]);
     }
@@ -578,7 +744,7 @@ class Runner {
         for (int64_t i = first; i < end; ++i) {
             float* row = qkv.data() + i * Q;
             rotate(row + (N + g) * H, l.k_norm, items.position[i], keys + items.slot[i] * H);
-            for (int64_t j = 0; j < H; ++j) narrow(row[(N + G + g) * H + j], values[items.slot[i] * H + j]);
+            narrow_all(row + (N + G + g) * H, H, values + items.slot[i] * H);
             for (int64_t q = 0; q < group && i >= asks; ++q)
                 rotate(row + (g * group + q) * H, l.q_norm, items.position[i], queries + ((i - asks) * group + q) * H);
         }
@@ -590,7 +756,9 @@ class Runner {
         for (int64_t q = 0; q < rows; q += ROWS) mix(scores + q * room, room, slots, values, int(std::min<int64_t>(ROWS, rows - q)), y + q * H);
         for (int64_t q = 0; q < rows; ++q) {
             A* to = mixed.data() + (asks + q / group) * N * H + (g * group + q % group) * H;
-            for (int64_t j = 0; j < H; ++j) narrow(y[q * H + j] / totals[q], to[j]);
+            int64_t j = 0;
+            for (; j + LANES <= H; j += LANES) store(to + j, load(y + q * H + j) / totals[q]);
+            for (; j < H; ++j) narrow(y[q * H + j] / totals[q], to[j]);
         }
     }
 
@@ -730,16 +898,19 @@ void filter(float* logits, int64_t V, const Turn& t) {
 
 constexpr uint64_t DRAFT = 0xD1B54A32D192ED03u;  // as in sampling.py
 
-// softmax(logits / temperature), token by token.
-struct Softmax {
-    const float* logits;
-    float most;
-    double scale, total = 0;
-    Softmax(const float* x, int64_t V, double temperature)
-        : logits(x), most(*std::max_element(x, x + V)), scale(1 / temperature) {
-        for (int64_t v = 0; v < V; ++v) total += std::exp(float((x[v] - most) * scale));
+// softmax(logits / temperature).
+class Softmax {
+    std::vector<float> shares;
+    double total = 0;
+
+  public:
+    Softmax(const float* logits, int64_t V, double temperature) : shares((V + LANES - 1) / LANES * LANES, -INFINITY) {
+        const float most = *std::max_element(logits, logits + V), scale = float(1 / temperature);
+        std::copy_n(logits, V, shares.begin());
+        for (int64_t v = 0; v < V; v += LANES) store(&shares[v], exp((load(&shares[v]) - most) * scale));
+        for (int64_t v = 0; v < V; ++v) total += shares[v];
     }
-    double operator()(int64_t v) const { return std::exp(float((logits[v] - most) * scale)) / total; }
+    double operator()(int64_t v) const { return shares[v] / total; }
 };
 
 // Chen et al. 2023: accept a draft with min(1, p / q), else draw from the positive part of p - q. Picks the tokens of
@@ -798,7 +969,7 @@ class Turner {
     const Turn& t;
     const int64_t B, T, K, D, V, M;  // M: tokens that drafts are among
     Runner<W> run;
-    Further verified, kept, next;
+    Further verified, kept;
     std::vector<int64_t> depth;     // of the tree's nodes
     Buffer<float> z, hidden, states, scores, kept_scores;
     int64_t before = 0;  // kept items from which no drafts start: they come first, then those from which they do, one a row
@@ -819,13 +990,14 @@ class Turner {
 
     // In a parallel region, like what it calls.
     void go(const Layer* layers, int64_t trunk, int64_t heads, const Layer* drafter) {
+        if (t.state) return begin(*drafter);
         const Items items = verified.items();
         for (Part p(B * T); p.begin < p.end; ++p.begin) run.embed(items.token[p.begin], z.data() + p.begin * D);
-        barrier();
+        run.barrier();
         for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z.data(), false);
         const Part p(B * T * D);
         std::copy(z.data() + p.begin, z.data() + p.end, hidden.data() + p.begin);
-        barrier();
+        run.barrier();
         run.block(layers[trunk], items, hidden.data(), false);
         run.logits(hidden.data(), B * T, V, scores.data());
         const float* laws = scores.data();
@@ -833,27 +1005,36 @@ class Turner {
             for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads())
                 filter(std::copy_n(laws + i * V, V, kept_scores.data() + i * V) - V, V, t);
             laws = kept_scores.data();
-            barrier();
+            run.barrier();
         }
         for (int64_t b = omp_get_thread_num(); t.rejection && b < B; b += omp_get_num_threads())
             t.accepted[b] = reject(laws + b * T * V, t.proposed + b * (T - 1) * V, t.token + b * T + 1, T - 1, V,
                                    t.temperature, t.seed[b], t.position[b], t.picked + b * T);
-        if (t.rejection) barrier();
+        if (t.rejection) run.barrier();
         for (int64_t i = omp_get_thread_num(); i < B * T; i += omp_get_num_threads()) {
             if (t.rejection && i % T > t.accepted[i / T]) continue;
             if (!t.rejection)
                 t.picked[i] = pick(laws + i * V, V, t.temperature, t.seed[i / T], t.position[i / T] + depth[i % T]);
             t.logprob[i] = log_probability(scores.data() + i * V, V, t.picked[i]);
         }
-        barrier();
-#pragma omp single
-        accept(drafter ? t.draft_length : t.length);
+        run.barrier();
+        if (omp_get_thread_num() == 0) accept(drafter ? t.draft_length : t.length);
+        run.barrier();
         compact(layers, trunk + 1);
         if (K && drafter) chain(*drafter);
         if (K && !drafter) branch(layers + trunk + 1, heads - 1);
     }
 
   private:
+    void begin(const Layer& drafter) {
+        if (omp_get_thread_num() == 0) {
+            std::copy_n(t.state, B * D, z.data());
+            for (int64_t b = 0; b < B; ++b) t.path[b] = t.accepted[b] = 0, kept.push(t.token[b], b, t.draft_length[b], 0);
+        }
+        run.barrier();
+        chain(drafter);
+    }
+
     void accept(const int64_t* lengths) {
         for (int64_t b = 0; b < B; ++b) {
             int64_t *picked = t.picked + b * T, *path = t.path + b * T, a = 0;
@@ -891,7 +1072,7 @@ class Turner {
             const int64_t b = kept.row[p.begin], node = t.path[b * T + kept.slot[p.begin] - kept.base[p.begin]];
             std::copy_n(z.data() + (b * T + node) * D, D, states.data() + p.begin * D);
         }
-        barrier();
+        run.barrier();
     }
 
     // A sequential head: its block on the kept items, then on its own drafts.
@@ -903,13 +1084,10 @@ class Turner {
         for (int64_t d = 0; d < K; ++d) {
             run.logits(state, B, M, scores.data());
             for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * M, b, d);
-            barrier();
+            run.barrier();
             if (d + 1 == K) break;
-#pragma omp single
-            {
-                next = Further();
-                for (int64_t b = 0; b < B; ++b) next.push(t.draft[(b * K + d) * t.ranks], b, kept.slot[before + b] + 1, d);
-            }
+            Further next;  // each thread's own
+            for (int64_t b = 0; b < B; ++b) next.push(t.draft[(b * K + d) * t.ranks], b, kept.slot[before + b] + 1, d);
             run.block(layer, next.items(), state, true);
         }
     }
@@ -922,7 +1100,7 @@ class Turner {
             run.block(layers[h], kept.items(), states.data(), false, before);
             for (int64_t b = p.begin; b < p.end; ++b)
                 std::copy_n(states.data() + (before + b) * D, D, hidden.data() + (b * heads + h) * D);
-            barrier();
+            run.barrier();
         }
         run.logits(hidden.data(), B * heads, M, scores.data());
         for (int64_t i = omp_get_thread_num(); i < B * heads; i += omp_get_num_threads())
@@ -953,23 +1131,23 @@ void forward(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, 
 #pragma omp parallel num_threads(m.threads)
     {
         for (Part p(R); p.begin < p.end; ++p.begin) run.embed(items.token[p.begin], z + p.begin * D);
-        barrier();
+        run.barrier();
         for (int64_t l = 0; l < trunk; ++l) run.block(layers[l], items, z, false);
         for (int64_t h = 0; h < heads; ++h) {
             const Part p(R * D);
             const float* from = stacked && h ? hidden + (h - 1) * R * D : z;
             std::copy(from + p.begin, from + p.end, hidden + h * R * D + p.begin);
-            barrier();
+            run.barrier();
             run.block(layers[trunk + h], items, hidden + h * R * D, false);
         }
     }
 }
 
 template <class W>
-void draft(const Model& m, const Layer& layer, const Items& items, float* x) {
+void draft(const Model& m, const Layer& layer, const Items& items, int64_t from, float* x) {
     Runner<W> run(m, items.count);
 #pragma omp parallel num_threads(m.threads)
-    run.block(layer, items, x, true);
+    run.block(layer, items, x, true, from);
 }
 
 template <class W>
@@ -990,6 +1168,27 @@ void turn(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, con
 
 extern "C" {
 
+// Outputs of a panel; 0 where there are none.
+int64_t foretoken_panel() { return PANEL; }
+
+// A matrix (outputs, inputs) of bfloat16 that becomes panels.
+struct Packing {
+    const uint32_t* from;  // pairs of numbers
+    uint32_t* to;
+    int64_t outputs, inputs;
+};
+void foretoken_pack(const Packing* all, int64_t count, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) {
+        const Packing& m = all[i];
+        const int64_t pairs = m.inputs / 2;
+        for (int64_t o = 0; o < m.outputs; ++o) {
+            uint32_t* to = m.to + o / LANES * LANES * pairs + o % LANES;
+            for (int64_t j = 0; j < pairs; ++j) to[j * LANES] = m.from[o * pairs + j];
+        }
+    }
+}
+
 // z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. stacked: a head reads
 // the state of the one before it, and the first of them z.
 void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, int64_t stacked,
@@ -997,9 +1196,9 @@ void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64
     (m->bfloat16 ? forward<bf16> : forward<float>)(*m, layers, trunk, heads, stacked, *items, z, hidden);
 }
 
-// The block of a sequential head on x (R, D), in place.
-void foretoken_draft(const Model* m, const Layer* layer, const Items* items, float* x) {
-    (m->bfloat16 ? draft<bf16> : draft<float>)(*m, *layer, *items, x);
+// The block of a sequential head on x (R, D), in place; of items before `from` keys and values are all that is made.
+void foretoken_draft(const Model* m, const Layer* layer, const Items* items, int64_t from, float* x) {
+    (m->bfloat16 ? draft<bf16> : draft<float>)(*m, *layer, *items, from, x);
 }
 
 // Logits (rows, vocabulary) of states (rows, D), of the first tokens.

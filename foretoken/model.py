@@ -19,7 +19,7 @@ from foretoken.config import ModelConfig, Shared
 from foretoken.graphs import Graphs, bucket
 from foretoken.heads import make_heads, make_unembeddings
 from foretoken.layers import At, Block, BlockStack, Context, Parts, RMSNorm, Rotary, SequentialStack, grouped_mask
-from foretoken.native import DTYPES, MOST_TOKENS, Native, library
+from foretoken.native import DTYPES, Native, library
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
 from foretoken.processors import Change, pick_targets
@@ -181,6 +181,7 @@ class Stepper:
         self.heads = BlockStack(list(model.heads) if kind in ("parallel", "joint") else [first])
         self.further = [BlockStack([block]) for block in others] if kind == "causal" else []
         self.tables: tuple[Tensor, Tensor] | None = None
+        self.shorter: list[tuple[Tensor, Tensor]] = []  # which another thread's step may be reading
         self.made_from = _addresses(model)
         self.paces: dict[tuple[object, int], Pace] = {}  # by what steps cost, and temperature
         self.native = self._native() if compiled else None
@@ -205,6 +206,8 @@ class Stepper:
 
     def new_cache(self, rows: int, capacity: int, heads: int) -> KVCache:
         """An empty cache for `rows` requests of at most `capacity` positions, for the trunk and the first `heads`."""
+        if self.native is not None:
+            self.native.follow()  # with the cache the weights are taken as they are now
         return self._cache(len(self.trunk) + (1 if self.early else heads), rows, capacity)
 
     def new_draft_cache(self, rows: int, capacity: int, blocks: int = 1) -> KVCache:
@@ -213,10 +216,11 @@ class Stepper:
 
     def _cache(self, blocks: int, rows: int, capacity: int) -> KVCache:
         c, model = self.config, self.model
+        capacity = bucket(capacity) if self.graphs else capacity
+        self.grow_tables(capacity)
         if self.graphs is None:
             return KVCache((blocks, rows, c.num_key_value_heads, capacity, c.head_dim), model.dtype, model.device)
         # What is captured writes to fixed memory, so caches that come after each other share it, whatever K is.
-        capacity = bucket(capacity)
         if blocks > len(self.trunk):
             blocks = max(blocks, len(self.trunk) + self.heads.m + len(self.further))
         shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
@@ -239,8 +243,7 @@ class Stepper:
         asked for; heads that are spared the others show it in their places.
         """
         T = tokens.size(1)
-        self.grow_tables(cache)
-        if self.native is not None and T <= MOST_TOKENS:
+        if self.native is not None and self.native.reads(T):
             return self.native.forward(tokens.tolist(), cache, heads, tree)
         at = self._at(T, cache, tree)
         x, early = F.embedding(tokens, self.model.embed_tokens.weight)[None], list[Tensor]()  # (1, B, T, D)
@@ -292,12 +295,11 @@ class Stepper:
         """Run the sequential head's block behind what its cache holds, on the tokens (B, T) that follow its positions.
 
         hidden (B, T, D): the trunk's output, or the block's own state where the token is a draft. Returns its states
-        (B, T, D), not normalised, which predict the tokens behind `tokens`. last: see `forward`.
+        (B, T, D), not normalised, which predict the tokens behind `tokens`. last: of one row only that is asked for.
         """
         assert self.drafter is not None
-        self.grow_tables(cache)
-        if self.native is not None and tokens.size(1) <= MOST_TOKENS:
-            return self.native.draft(tokens.tolist(), hidden, cache)
+        if self.native is not None and self.native.reads(tokens.size(1)):
+            return self.native.draft(tokens.tolist(), hidden, cache, last)
         embedded = F.embedding(tokens, self.model.embed_tokens.weight)
         state = self.drafter.draft(embedded, hidden.to(embedded.dtype), self._at(tokens.size(1), cache), last)
         cache.advance(tokens.size(1))
@@ -321,10 +323,11 @@ class Stepper:
             logits = F.linear(self.model.norm(hidden), self.model.lm_head.weight[:draft_vocab])
         return widened(logits if logits.dtype == torch.float64 else logits.float(), self.config.vocab_size)
 
-    def grow_tables(self, cache: KVCache) -> None:
-        """Make the rotary tables reach over all positions of a cache."""
-        if self.tables is None or self.tables[0].size(0) < cache.capacity:
-            self.tables = self.model.rotary(torch.arange(cache.capacity, device=self.model.device))
+    def grow_tables(self, capacity: int) -> None:
+        """Make the rotary tables reach over so many positions."""
+        if self.tables is None or self.tables[0].size(0) < capacity:
+            self.shorter += [] if self.tables is None else [self.tables]
+            self.tables = self.model.rotary(torch.arange(capacity, device=self.model.device))
         for steps in (self.native, self.graphs):
             if steps is not None:
                 steps.use_tables(self.tables)

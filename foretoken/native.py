@@ -1,8 +1,8 @@
 """The decoding step in C++ for CPUs: compiles `kernels.cpp` once a machine, and calls it on the decoder's own tensors.
 
-A compiled step is used for blocks of few tokens in float32 and bfloat16. Prompts, other types and other devices go
-through PyTorch, and so does everything where no C++ compiler is found or FORETOKEN_NATIVE=0 is set: the same tokens,
-several times slower for small models.
+A compiled step is used for blocks of few tokens in float32 and bfloat16, and for small models' prompts. Longer ones,
+other types and other devices go through PyTorch, and so does everything where no C++ compiler is found or
+FORETOKEN_NATIVE=0 is set: the same tokens, several times slower for small models.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foretoken.cache import KVCache
@@ -32,6 +34,8 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
 DTYPES = (torch.float32, torch.bfloat16)
+MOST_PACKED = 12 << 20  # bytes of matrices; larger ones are read no faster as panels
+MOST_READ = 512  # tokens of a prompt; PyTorch's attention is the faster one behind so many
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 _INT, _REAL, _AT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _Model = _structure(
     "_Model",
-    sizes=("bfloat16 threads width heads kv_heads head_dim mlp vocabulary", _INT),
+    sizes=("bfloat16 packed threads width heads kv_heads head_dim mlp vocabulary", _INT),
     eps=("eps", _REAL),
     weights=("embedding unembedding norm cos sin", _AT),
 )
@@ -58,7 +62,10 @@ _Turn = _structure(
     "_Turn",
     sizes=("rows tokens drafts ranks rejection draft_vocabulary top_k", _INT),
     law=("temperature top_p min_p", _REAL),
-    arrays=("token length draft_length seed position parent picked path accepted draft logprob proposed proposal", _AT),
+    arrays=(
+        "token length draft_length seed position parent picked path accepted draft logprob proposed proposal state",
+        _AT,
+    ),
 )
 
 
@@ -82,7 +89,7 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         _log.warning("decoding runs in PyTorch, which is slower: %s failed: %s", compiler, reason.strip()[-300:])
         return None
-    for name in ("forward", "draft", "logits", "turn"):
+    for name in ("forward", "draft", "logits", "turn", "pack"):
         getattr(loaded, f"foretoken_{name}").restype = None
     return loaded
 
@@ -132,8 +139,14 @@ class Native:
         self.trunk = len(trunk)
         self.vocabulary, self.width = embedding.shape
         self.tables: tuple[Tensor, Tensor] | None = None
+        self.panels: dict[int, Tensor] = {}  # of matrices, by their id: see `kernels.cpp`
+        self.packing: Any = None
+        stacks = [*trunk, heads, *further, *([] if drafter is None else [drafter])]
+        matrices = [unembedding, *(matrix for s in stacks for matrix in (s.qkv, s.o, s.gate_up, s.down))]
+        self._pack(matrices, self.width, heads.head_dim, heads.down.size(2))
         self.model = _Model(
             int(embedding.dtype == torch.bfloat16),
+            int(self.packing is not None),
             torch.get_num_threads(),
             self.width,
             heads.heads,
@@ -142,10 +155,31 @@ class Native:
             heads.down.size(2),
             self.vocabulary,
             eps,
-            *(tensor.data_ptr() for tensor in (embedding, unembedding, norm)),
+            *(tensor.data_ptr() for tensor in (embedding, self.panels.get(id(unembedding), unembedding), norm)),
         )
         self.layers: tuple[Any, Any] = (None, None)
         self.draft_layer: tuple[Any, Any] = (None, None)
+
+    def _pack(self, matrices: Sequence[Tensor], *sizes: int) -> None:
+        """Make room for a small model's matrices (..., out, in) as panels, which `follow` fills."""
+        lanes = self.library.foretoken_panel()
+        small = sum(matrix.nbytes for matrix in matrices) <= MOST_PACKED
+        if not small or not lanes or matrices[0].dtype != torch.bfloat16 or any(size % lanes for size in sizes):
+            return
+        # Of matrices in a stack each is whole panels; of an unembedding the last is filled up.
+        self.panels = {id(m): F.pad(m.detach(), (0, 0, 0, -m.size(-2) % lanes)) for m in matrices}
+        pairs = ((m.data_ptr(), self.panels[id(m)].data_ptr(), m[..., 0].numel(), m.size(-1)) for m in matrices)
+        self.packing = _array(_INT, 4 * len(matrices))(*itertools.chain(*pairs))
+        self.follow()
+
+    def reads(self, count: int) -> bool:
+        """Whether so many tokens are read faster here than by PyTorch, whose products are better and begin later."""
+        return count <= (MOST_TOKENS if self.packing is None else MOST_READ)
+
+    def follow(self) -> None:
+        """Copy the weights, as they are now, to the panels."""
+        if self.packing is not None:
+            self.library.foretoken_pack(self.packing, _INT(len(self.panels)), _INT(torch.get_num_threads()))
 
     def use_tables(self, tables: tuple[Tensor, Tensor]) -> None:
         """Take these rotary tables (positions, H), contiguous and in float32, from now on."""
@@ -156,8 +190,12 @@ class Native:
     def forward(
         self, tokens: list[list[int]], cache: KVCache, heads: int, tree: Tree | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `Stepper.forward`."""
+        """See `Stepper.forward`. More than MOST_TOKENS are read part by part."""
         B, T = len(tokens), len(tokens[0])
+        if T > MOST_TOKENS:
+            assert tree is None
+            parts = [self.forward(part, cache, heads) for part in _parts(tokens)]
+            return torch.cat([hidden for hidden, _ in parts], 2), torch.cat([z for _, z in parts], 1)
         early = self.early if heads > 1 else 0
         count = early + 1 if early else heads
         hidden, z = torch.empty(count, B, T, self.width), torch.empty(B, T, self.width)
@@ -170,13 +208,17 @@ class Native:
         cache.advance(T)
         return hidden.flip(0)[:heads] if early else hidden, z
 
-    def draft(self, tokens: list[list[int]], hidden: Tensor, cache: KVCache) -> Tensor:
-        """See `Stepper.draft`."""
+    def draft(self, tokens: list[list[int]], hidden: Tensor, cache: KVCache, last: bool = False) -> Tensor:
+        """See `Stepper.draft`, and `forward`."""
+        if len(tokens[0]) > MOST_TOKENS:
+            pairs = zip(_parts(tokens), torch.split(hidden, MOST_TOKENS, 1), strict=True)
+            return torch.cat([self.draft(part, states, cache, last) for part, states in pairs], 1)
         states = hidden.float().clone(memory_format=torch.contiguous_format)
         items, memory = _items(tokens, cache)
         self.library.foretoken_draft(
-            ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items), _AT(states.data_ptr())
-        )
+            ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items),
+            _INT(len(tokens[0]) - 1 if last and len(tokens) == 1 else 0), _AT(states.data_ptr()),
+        )  # fmt: skip
         del memory
         cache.advance(len(tokens[0]))
         return states
@@ -194,6 +236,7 @@ class Native:
     def turn(
         self, tokens: list[list[int]], cache: KVCache, drafts_cache: KVCache | None, keys: Keys, drafts: int,
         proposed: Tensor | None, tree: Tree | None = None, ranks: int = 1, draft_vocab: int | None = None,
+        state: Tensor | None = None,
     ) -> tuple[list[list[int]], list[list[float]], list[list[int]], list[list[int]], Tensor | None]:  # fmt: skip
         """A whole step for tokens (B, T) that hang together as `tree` says, by default as a chain.
 
@@ -202,69 +245,80 @@ class Native:
         drafts_cache: of a sequential head, else heads 2..K+1 draft. Both caches then hold what was accepted.
         draft_vocab: new drafts are among so many first tokens. For acceptance by rejection, proposed (B, T - 1, V) are
         the logits that the drafts in `tokens` come from; the last that is returned are those of the new ones.
+        state (B, D): the trunk's output before tokens (B, 1), which are the target's: a sequential head drafts on, in
+        the one cache that is given twice, and that is all.
         """
-        B, T, K = len(tokens), len(tokens[0]), drafts
+        B, T, K, how = len(tokens), len(tokens[0]), drafts, keys.sampling
         parents = range(-1, T - 1) if tree is None else (-1, *tree.parents)
         behind = cache.lengths if drafts_cache is None else drafts_cache.lengths
         assert max(behind) + T + K <= cache.capacity, "cache is full"
-        flat = [token for row in tokens for token in row]
-        given = _array(_INT, B * (T + 4) + T)(*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions, *parents)
-        found, logprobs = _array(_INT, B * (2 * T + 1 + K * ranks))(), _array(ctypes.c_float, B * T)()
-        at, to = ctypes.addressof(given), ctypes.addressof(found)
-        rejection = keys.sampling.rejects and (T == 1 or proposed is not None)
-        proposal = torch.empty(B, K, self.vocabulary) if rejection else None
+        shape = B, T, K, ranks
+        turn, given, logprobs, *found = cache.desk.get(shape) or cache.desk.setdefault(shape, _desk(*shape))
+        flat = tokens[0] if B == 1 else itertools.chain(*tokens)
+        given[:] = [*flat, *cache.lengths, *behind, *keys.seeds, *keys.positions, *parents]
+        turn.draft_vocabulary, turn.top_k = draft_vocab or self.vocabulary, how.top_k
+        turn.temperature, turn.top_p, turn.min_p = how.temperature, how.top_p, how.min_p
+        proposal = torch.empty(B, K, self.vocabulary) if how.rejects and (T == 1 or proposed is not None) else None
         if proposed is not None:
             proposed = proposed.float().contiguous()
-        how = keys.sampling
-        turn = _Turn(
-            B, T, K, ranks, int(rejection), draft_vocab or self.vocabulary, how.top_k,
-            how.temperature, how.top_p, how.min_p,
-            at, *(at + 8 * B * (T + column) for column in range(5)),
-            to, to + 8 * B * T, to + 16 * B * T, to + 8 * B * (2 * T + 1), ctypes.addressof(logprobs),
-            *(None if tensor is None else tensor.data_ptr() for tensor in (proposed, proposal)),
-        )  # fmt: skip
+        turn.rejection = int(proposal is not None)
+        pointers = (proposed, proposal, state)
+        turn.proposed, turn.proposal, turn.state = (None if t is None else t.data_ptr() for t in pointers)
         self.library.foretoken_turn(
-            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk), _INT(1 if drafts_cache else K + 1),
+            ctypes.byref(self.model), self._reading(cache) if state is None else None,
+            _INT(self.trunk), _INT(1 if drafts_cache else K + 1),
             ctypes.byref(self._drafting(drafts_cache)) if drafts_cache else None, ctypes.byref(turn),
         )  # fmt: skip
-        accepted = found[2 * B * T : B * (2 * T + 1)]
-        for held in (cache, drafts_cache):
+        picked, nodes, accepted, new = (part[:] for part in found)
+        for held in {cache, drafts_cache}:
             if held is not None:
                 held.lengths = [length + count + 1 for length, count in zip(held.lengths, accepted, strict=True)]
-        paths = [path[: count + 1] for path, count in zip(_rows(found[B * T : 2 * B * T], T, B), accepted, strict=True)]
-        new = _rows(found[B * (2 * T + 1) :], K * ranks, B)
-        return _rows(found[: B * T], T, B), _rows(logprobs[:], T, B), paths, new, proposal
+        paths = [path[: count + 1] for path, count in zip(_rows(nodes, T, B), accepted, strict=True)]
+        return _rows(picked, T, B), _rows(logprobs[:], T, B), paths, _rows(new, K * ranks, B), proposal
 
     def _reading(self, cache: KVCache) -> Any:
-        if self.layers[0] != (where := cache.address):
-            blocks = [_layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
-            self.layers = where, _array(_Layer, len(blocks))(*blocks)
-        return self.layers[1]
+        found = self.layers  # of this call, whatever another thread decodes meanwhile
+        if found[0] != (where := cache.address):
+            blocks = [self._layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
+            self.layers = found = where, _array(_Layer, len(blocks))(*blocks)
+        return found[1]
 
     def _drafting(self, cache: KVCache) -> Any:
         assert self.drafter is not None
-        if self.draft_layer[0] != (where := cache.address):
-            self.draft_layer = where, _layer(self.drafter, 0, cache, 0)
-        return self.draft_layer[1]
+        found = self.draft_layer
+        if found[0] != (where := cache.address):
+            self.draft_layer = found = where, self._layer(self.drafter, 0, cache, 0)
+        return found[1]
+
+    def _layer(self, stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
+        """Addresses of block `index` of a stack, whose keys and values are block `block` of the cache."""
+        assert self.tables is not None
+        assert self.tables[0].size(0) >= cache.capacity, "the rotary tables are too short"
+
+        def at(tensor: Tensor | None) -> int | None:
+            return None if tensor is None else self.panels.get(id(tensor), tensor)[index].data_ptr()
+
+        norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
+        hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
+        return _Layer(
+            *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
+            *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
+            *(None if norm is None else norm.data_ptr() for norm in norms),
+            at(hidden_norm),
+            cache.keys[block].data_ptr(),
+            cache.values[block].data_ptr(),
+            cache.capacity,
+        )
 
 
-def _layer(stack: BlockStack, index: int, cache: KVCache, block: int) -> Any:
-    """Addresses of block `index` of a stack, whose keys and values are block `block` of the cache."""
-
-    def at(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor[index].data_ptr()
-
-    norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
-    hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
-    return _Layer(
-        *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
-        *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
-        *(None if norm is None else norm.data_ptr() for norm in norms),
-        at(hidden_norm),
-        cache.keys[block].data_ptr(),
-        cache.values[block].data_ptr(),
-        cache.capacity,
-    )
+def _desk(B: int, T: int, K: int, ranks: int) -> tuple[Any, ...]:
+    """Memory for steps of one shape, which a decode's cache keeps: to make it takes a tenth of a small step."""
+    given, logprobs = _array(_INT, B * (T + 4) + T)(), _array(ctypes.c_float, B * T)()
+    found = [_array(_INT, count)() for count in (B * T, B * T, B, B * K * ranks)]
+    at = ctypes.addressof(given)
+    inputs = (at, *(at + 8 * B * (T + column) for column in range(5)))
+    turn = _Turn(B, T, K, ranks, 0, 0, 0, 0.0, 0.0, 0.0, *inputs, *map(ctypes.addressof, (*found, logprobs)))
+    return turn, given, logprobs, *found
 
 
 def _items(tokens: list[list[int]], cache: KVCache, tree: Tree | None = None) -> tuple[Any, Any]:
@@ -285,5 +339,9 @@ def _items(tokens: list[list[int]], cache: KVCache, tree: Tree | None = None) ->
     return _Items(R, *range(start, start + 48 * R, 8 * R)), memory
 
 
+def _parts(tokens: list[list[int]]) -> list[list[list[int]]]:
+    return [[row[at : at + MOST_TOKENS] for row in tokens] for at in range(0, len(tokens[0]), MOST_TOKENS)]
+
+
 def _rows(values: list[Any], each: int, rows: int) -> list[list[Any]]:
-    return [values[row * each : (row + 1) * each] for row in range(rows)]
+    return [values] if rows == 1 else [values[row * each : (row + 1) * each] for row in range(rows)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,14 +19,14 @@ from foretoken.tree import Tree, chain, grown
 MEMORY, LONG_MEMORY = 48.0, 1000.0  # steps that are remembered, within a batch and of all
 BEGINNING = 12.0  # steps that those before a batch are worth
 HOPE = 3.0  # steps in which, it is assumed at first, the first draft was accepted
-PROBE_EVERY = 8  # requests, where drafts have not paid
+PROBE_EVERY = 16  # requests, where drafts have not paid
 ROUND = 0.003  # seconds, at least, of a step's measurement
 DOUBT = 1.0  # standard errors
 GUESS = 0.3  # of what is left, the next candidate's share, before anything is known
 WIDTH, MOST_NODES = 4, 16  # of a tree: candidates for a place, and nodes
 GAIN = 1.02  # another K, or another vocabulary of drafts, must promise this much
 SMALLEST_VOCABULARY = 2048  # of drafts
-LOOK_EVERY = 32  # choices, one of which is that all tokens may be drafted
+LOOK_EVERY = 16  # choices, one of which is that all tokens may be drafted
 
 
 class Pace:
@@ -201,9 +200,10 @@ class Pace:
 
 
 def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> list[float]:
-    """Seconds of each of the steps: the median of some rounds in turn, after one that warms up.
+    """Seconds of each of the steps: the lowest of some rounds in turn, after one that warms up.
 
-    A round runs a short step some times in a row, since that is how decoding finds the processor's caches.
+    A round runs a short step some times in a row, since that is how decoding finds the processor's caches. The lowest:
+    nothing makes a step shorter than it is, and a K that looked cheap while others were disturbed is kept for good.
     """
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
@@ -214,7 +214,7 @@ def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> li
                 step()
             if number:
                 seconds[index].append((time.perf_counter() - began) / times)
-    return [statistics.median(values) for values in seconds]
+    return [min(values) for values in seconds]
 
 
 def never_falling(costs: Sequence[float]) -> list[float]:

@@ -8,8 +8,8 @@ limit of the same rule. A draft is accepted when it equals the token that the ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -102,10 +102,10 @@ class Keys:
         seeds, first = (torch.as_tensor(given, device=self.device)[:, None] for given in (self.seeds, self.positions))
         return seeds, first + torch.arange(self.count, device=self.device)
 
-    def behind(self, counts: Sequence[int], count: int) -> Keys:
+    def behind(self, counts: Iterable[int], count: int) -> Keys:
         """Those of `count` tokens behind the next `counts` (B) ones."""
         positions = [int(first) + passed for first, passed in zip(self.positions, counts, strict=True)]
-        return replace(self, positions=positions, count=count)
+        return Keys(self.sampling, self.seeds, positions, count, self.vocab_size, self.device)
 
     def choose(self, logits: Tensor, places: Sequence[int] | Tensor | None = None) -> Tensor:
         """The target's tokens (B, k) from its logits (B, k, V); places: which of the next ones."""

@@ -201,8 +201,9 @@ def test_moved_weights_make_a_new_stepper() -> None:
     assert stepped.dtype == torch.float32
     close(stepped, torch.stack(model(tokens)), "in float32", 1e-5)
     model.heads[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(64, 32))
-    assert model.stepper() is not new
-    stepped = model.norm(model.stepper().forward(tokens, new.new_cache(1, 5, 2), 2)[0])
+    newest = model.stepper()
+    assert newest is not new
+    stepped = model.norm(newest.forward(tokens, newest.new_cache(1, 5, 2), 2)[0])
     close(stepped, torch.stack(model(tokens)), "with a parameter replaced", 1e-5)
 
 

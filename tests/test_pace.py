@@ -105,6 +105,16 @@ def test_costs_never_fall() -> None:
     assert never_falling([3.0, 2.0, 4.0, 1.0]) == [3.0, 3.0, 4.0, 4.0]
 
 
+def test_costs_are_the_lowest_of_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seconds = [0.0], iter([9.0, 9.0, 0.02, 0.5, 0.01, 0.03, 0.7, 0.02])  # in turn; two to warm up
+    monkeypatch.setattr("foretoken.pace.time.perf_counter", lambda: now[0])
+
+    def step() -> None:
+        now[0] += next(seconds)
+
+    assert measured_costs([step, step], rounds=3) == pytest.approx([0.01, 0.02])
+
+
 def with_vocabularies(within: float, spared: dict[int, float], steps: int = 200) -> Pace:
     """After steps of three drafts, all right; of the accepted ones, so many lie among the first 100 tokens."""
     pace, odd = Pace([1.0, 1.5, 1.6, 1.7], spared=spared), 0.0

@@ -287,11 +287,12 @@ def test_files_and_functions_are_small(name: str) -> None:
 
 
 def test_the_core_reads_in_an_afternoon() -> None:
-    core = [path for name, path in modules().items() if not name.startswith(("formats", "lab", "bench"))]
+    beside = ("formats", "lab", "bench", "gpu")  # kernels are read by few, in C++ and in Triton
+    core = [path for name, path in modules().items() if not name.startswith(beside)]
     code = sum(
         1
         for path in core
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip() and not line.strip().startswith("#")
     )
-    assert code < 8500
+    assert code < 8300

@@ -227,7 +227,8 @@ def test_trees_that_pay_are_taken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         plain = decoded(model, 0, SOFT, None, more=6)
         pace = Pace([1.0, 1.001, 1.002, 1.003], 0.0001, kind == "parallel")
         monkeypatch.setattr(decoding, "step_pace", lambda *_, pace=pace: pace)
-        monkeypatch.setattr(decoding, "GROW_EVERY", 4)
+        for name in ("CHOOSE_EVERY", "GROW_EVERY"):
+            monkeypatch.setattr(decoding, name, 4)
         found = decoded(model, None, SOFT, None, more=6)
         assert max(len(step.drafted) for r in found for step in r.steps) > 4
         for a, b in zip(found, plain, strict=True):
