@@ -554,22 +554,16 @@ class Barrier {
     }
 };
 
-// 1 / rms(x).
-inline float inverse_rms(const float* x, int64_t n, double eps) {
+// y = x / rms(x) * weight for one row.
+template <class W, class A>
+void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
     vec squares = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
     for (; i < n; ++i) total += x[i] * x[i];
-    return 1.0f / std::sqrt(total / float(n) + float(eps));
-}
-
-// y = x / rms(x) * weight for one row.
-template <class W, class A>
-void normalise(const float* x, const W* weight, int64_t n, double eps, A* y) {
-    const float scale = inverse_rms(x, n, eps);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+    const float scale = 1.0f / std::sqrt(total / float(n) + float(eps));
+    for (i = 0; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
     for (; i < n; ++i) narrow(x[i] * scale * widen(weight[i]), y[i]);
 }
 

@@ -35,7 +35,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", 
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_PACKED = 12 << 20  # bytes of matrices; larger ones are read no faster as panels
-MOST_READ = 512  # tokens of a prompt; PyTorch's attention is the faster one behind so many
+MOST_READ = 512  # tokens of a small model's prompt; behind how many PyTorch is faster was not measured
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Native:
         self.follow()
 
     def reads(self, count: int) -> bool:
-        """Whether so many tokens are read faster here than by PyTorch, whose products are better and begin later."""
+        """Whether so many tokens of a prompt are read here, and not by PyTorch."""
         return count <= (MOST_TOKENS if self.packing is None else MOST_READ)
 
     def follow(self) -> None:
