@@ -29,11 +29,13 @@ class Way:
 
     drafts: int | None
     accept: Accept = "keyed"
+    nodes: int | None = None
 
     @property
     def name(self) -> str:
         """In words, such as "3 drafts, rejection"."""
         how = "as many drafts as pay" if self.drafts is None else f"{self.drafts} drafts"
+        how += "" if self.nodes is None else f", tree of {self.nodes}"
         return how if self.accept == "keyed" else f"{how}, {self.accept}"
 
 
@@ -116,7 +118,8 @@ def compare(
 
 def _timed(model: Model, tokenizer: Tokenizer, prompt: str, options: Options, way: Way) -> tuple[Generation, float]:
     """A generation, and the seconds that what followed its first token took."""
-    requests, loop = begin(model, tokenizer, [prompt], {**options, "drafts": way.drafts, "accept": way.accept})
+    how: Options = {"drafts": way.drafts, "accept": way.accept, "nodes": way.nodes}
+    requests, loop = begin(model, tokenizer, [prompt], {**options, **how})
     next(loop)
     began = time.perf_counter()
     for _ in loop:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from foretoken.cli_bench import bench
+from foretoken.bench_cli import bench
 from foretoken.cli_common import Checkpoint, Device, Dtype, Json, device_of, dtype_of, print_json
 from foretoken.cli_export import export
 from foretoken.cli_generate import generate
@@ -89,15 +89,10 @@ def train(
     if not first_process():
         pass  # the first one says how it went
     elif as_json:
-        print_json(
-            {
-                "checkpoint": str(result.checkpoint),
-                "step": result.step,
-                "finished": result.finished,
-                "train_seconds": result.seconds,
-                "metrics": result.last,
-            }
-        )
+        print_json({
+            "checkpoint": str(result.checkpoint), "step": result.step, "finished": result.finished,
+            "train_seconds": result.seconds, "metrics": result.last,
+        })  # fmt: skip
     else:
         display.trained(result)
     if not result.finished:

@@ -263,8 +263,7 @@ def chained(drafter: Drafter, start: Start, stepper: Stepper, states: Callable[[
     laws: list[Tensor] = []
     while len(firsts) < drafter.drafts:
         state = states(firsts)
-        before = torch.cat(firsts, 1).tolist() if firsts else [[] for _ in start.requests]
-        change = changes(start.requests, lambda row, before=before: [[*start.new[row], *before[row]]])  # type: ignore[misc]
+        change = changes(start.requests, lambda row: [[*start.new[row], *(int(found[row]) for found in firsts)]])
         depth = len(firsts) + 1 if drafter.heads_draft else 0
         found, law = stepper.pick_drafts(
             state, start.keys, len(firsts), change, drafter.ranks, drafter.draft_vocab, depth
@@ -288,4 +287,6 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def last_of(states: Tensor, at: Sequence[int]) -> Tensor:
     """Of states (B, T, D) the one at place at[row] of each row: (B, 1, D)."""
     device = states.device
+    if len(at) == 1:
+        return states[:, at[0] : at[0] + 1]
     return states[torch.arange(len(at), device=device), torch.tensor(at, device=device)][:, None]

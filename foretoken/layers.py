@@ -233,7 +233,7 @@ class BlockStack:
         qk, v = self._project(inputs, context, self.heads if last else 0)
         keys, values = at.cache.write(block, qk[:, :, -self.kv_heads :], v, at.slots)
         if last:
-            context = Context(context.cos[:, -1:], context.sin[:, -1:])
+            context = Context(context.cos[..., -1:, :], context.sin[..., -1:, :])
             qk, _ = self._project(inputs[:, :, -1:], context, 0, self.heads)
             x = x[:, :, -1:]
         assert context.mask is None or isinstance(context.mask, Tensor)
@@ -258,7 +258,7 @@ class BlockStack:
         qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
         if self.qk_norm is not None:
             qk = unit_rms(qk, self.eps) * self.qk_norm[:m, :, self.norm_of[begin:end]]
-        cos, sin = context.cos.reshape(1, rows, 1, H), context.sin.reshape(1, rows, 1, H)
+        cos, sin = (table.expand(B, T, H).reshape(1, rows, 1, H) for table in (context.cos, context.sin))
         qk = rotate(qk, cos, sin).view(m, B, T, -1, H).transpose(2, 3)
         return qk, v.reshape(m, B, T, v.size(2), H).transpose(2, 3)
 
@@ -290,7 +290,7 @@ class SequentialStack(BlockStack):
             F.rms_norm(embedded, width, self.norm_1[0, 0], self.eps),
             F.rms_norm(hidden, width, self.hidden_norm[0, 0], self.eps),
         )
-        return self._run(torch.cat(sides, -1)[None], hidden[None], at, 0, last)[0]
+        return self._run(torch.cat(sides, -1)[None], hidden[None], at, 0, last and hidden.size(1) > 1)[0]
 
 
 class Parts(NamedTuple):

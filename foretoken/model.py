@@ -94,14 +94,10 @@ class Model(nn.Module):
         (B, length): what the rotary embedding counts, by default 0..length-1.
         """
         mask = None if document_ids is None else document_mask(document_ids, self.config.head_dim, self.dtype)
-        return Context(*self._tables(self._positions(length, position_ids)), mask)
+        return Context(*self.rotary.forward(self._positions(length, position_ids)), mask)
 
     def _positions(self, length: int, position_ids: Tensor | None) -> Tensor:
         return torch.arange(length, device=self.device)[None] if position_ids is None else position_ids[:, :length]
-
-    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables (B or 1, T, H) of positions (B or 1, T)."""
-        return self.rotary(positions)  # type: ignore[no-any-return]
 
     def compile_blocks(self) -> None:
         """Let torch.compile make training faster, block by block: blocks of a kind share what is compiled."""
@@ -137,14 +133,14 @@ class Model(nn.Module):
         T = tokens.size(1) if length is None else length
         positions = self._positions(T, position_ids)
         context = self.context(T, None if document_ids is None else document_ids[:, :T], positions)
-        z = self.run_trunk(tokens[:, :T], context)
+        z = Model.run_trunk(self, tokens[:, :T], context)  # FSDP2 wraps the instance's, for calls from outside
         table = self.embed_tokens.weight if "embedding" in head_gradients else self.embed_tokens.weight.detach()
         scale = self.norm.weight if "unembedding" in head_gradients else self.norm.weight.detach()
         further = F.pad(tokens, (0, max(0, T + self.config.n_future - 1 - tokens.size(1))))
         first, *rest = self.heads(
             z,
             lambda depth: F.embedding(further[:, depth : depth + T], table),
-            lambda depth: context if depth == 1 else Context(*self._tables(positions + depth - 1), context.mask),
+            lambda depth: context if depth == 1 else Context(*self.rotary.forward(positions + depth - 1), context.mask),
             apart="trunk" not in head_gradients,
         )
         return [self.norm(first)] + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in rest]
@@ -301,7 +297,8 @@ class Stepper:
         if self.native is not None and self.native.reads(tokens.size(1)):
             return self.native.draft(tokens.tolist(), hidden, cache, last)
         embedded = F.embedding(tokens, self.model.embed_tokens.weight)
-        state = self.drafter.draft(embedded, hidden.to(embedded.dtype), self._at(tokens.size(1), cache), last)
+        at = self._at(tokens.size(1), cache, last=last)
+        state = self.drafter.draft(embedded, hidden.to(embedded.dtype), at, last)
         cache.advance(tokens.size(1))
         return state.expand(-1, tokens.size(1), -1)
 
@@ -332,16 +329,18 @@ class Stepper:
             if steps is not None:
                 steps.use_tables(self.tables)
 
-    def _at(self, count: int, cache: KVCache, tree: Tree | None = None) -> At:
-        """Of the next `count` tokens, whose slots are their rotary positions, too, where they are no tree."""
+    def _at(self, count: int, cache: KVCache, tree: Tree | None = None, last: bool = False) -> At:
+        """Of the next `count` tokens. Without a tree their slots are their positions. last: the last of a row asks."""
         assert self.tables is not None
-        slots = cache.positions(count)  # (B, T)
-        there = torch.arange(max(cache.lengths) + count, device=slots.device)
-        visible = there <= slots[:, :, None] if tree is None else tree.visible(there, slots)  # (B, T, S)
-        positions = slots if tree is None else slots[:, :1] + torch.tensor(tree.depths, device=slots.device)
-        cos, sin = (table[positions].to(self.model.dtype) for table in self.tables)  # (B, T, H)
-        if count == 1 and min(cache.lengths) == max(cache.lengths):
+        slots, start = cache.positions(count), min(cache.lengths)
+        alike, at = start == max(cache.lengths), slots.device
+        positions = slots if tree is None else slots[:, :1] + torch.tensor(tree.depths, device=at)
+        among = slice(start, start + count) if alike and tree is None else positions
+        cos, sin = (table[among].to(self.model.dtype) for table in self.tables)  # (B, T, H), or of all rows (T, H)
+        if alike and (last or count == 1):
             return At(Context(cos, sin), slots, cache)  # the only query sees all there is
+        there = torch.arange(max(cache.lengths) + count, device=at)
+        visible = there <= slots[:, :, None] if tree is None else tree.visible(there, slots)  # (B, T, S)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return At(Context(cos, sin, grouped_mask(visible, groups, self.model.dtype)), slots, cache)
 

@@ -41,6 +41,11 @@ class Tree:
         return tuple(seen)
 
     @cached_property
+    def _sees(self) -> Tensor:
+        nodes = range(len(self.ancestors))
+        return torch.tensor([[seen >> node & 1 > 0 for node in nodes] for seen in self.ancestors])
+
+    @cached_property
     def children(self) -> tuple[dict[int, int], ...]:
         """Of all nodes: the nodes that hang on them, by rank."""
         below: tuple[dict[int, int], ...] = tuple({} for _ in self.depths)
@@ -64,10 +69,10 @@ class Tree:
     def visible(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Which of the slots (S) are seen by the nodes of each row, which stand at `positions` (B, T): (B, T, S)."""
         count, starts = positions.size(1), positions[:, 0].tolist()
-        own = [[seen >> node & 1 > 0 for node in range(count)] for seen in self.ancestors]
+        own = self._sees.to(slots.device)
         visible = (slots < positions[:, :1, None]).repeat(1, count, 1)
         for row, start in enumerate(starts):
-            visible[row, :, start : start + count] = torch.tensor(own, device=slots.device)
+            visible[row, :, start : start + count] = own
         return visible
 
     def before(self, tokens: Sequence[int]) -> list[list[int]]:

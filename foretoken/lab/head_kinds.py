@@ -43,7 +43,12 @@ ARMS = {
 WAYS = {
     "one": (),
     "parallel": (Way(3), Way(3, "rejection"), Way(None)),
-    "sequential": (*(Way(k) for k in (3, 4, 5)), *(Way(k, "rejection") for k in (3, 4, 5)), Way(None)),
+    "sequential": (
+        *(Way(k) for k in (3, 4, 5)),
+        *(Way(k, nodes=2 * k) for k in (3, 4, 5)),
+        *(Way(k, "rejection") for k in (3, 4, 5)),
+        Way(None),
+    ),
 }
 # How steps run: in C++ with weights in bfloat16, and in PyTorch in float32, launched operation by operation.
 MODES = {"compiled": "bfloat16", "pytorch": "float32"}
