@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,24 +256,25 @@ def _fused(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
 
 def sequential_backward(
     z: Tensor, heads: Sequence[Callable[[Tensor], Tensor]], weight: Tensor | Sequence[Tensor], labels: Tensor,
-    scales: Tensor,
+    scales: Tensor, around: AbstractContextManager[object] | None = None,
 ) -> LossOutput:  # fmt: skip
     """The paper's memory trick (section 2, figure 2): forward and backward head by head, then the trunk once.
 
     z (B, T, D): trunk output with its graph; heads: functions z -> normalised state (B, T, D); weight: as for
     `mtp_loss`. Gradients are in the parameters' `.grad` on return. All logits of one head are held: the readable twin
-    of `mtp_loss`.
+    of `mtp_loss`. around: entered before the first head, left before the trunk's backward.
     """
     trunk = z.detach().requires_grad_()
     sums, predictions = [], []
     weights = per_head(weight, len(heads))
-    for d, head in enumerate(heads):
-        logits = F.linear(head(trunk), weights[d])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        total = F.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
-        (total * scales[d].to(total)).backward()  # type: ignore[no-untyped-call]
-        sums.append(total.detach().double())
-        predictions.append(logits.detach().argmax(-1).view_as(labels[d]))
+    with around or nullcontext():
+        for d, head in enumerate(heads):
+            logits = F.linear(head(trunk), weights[d])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            total = F.cross_entropy(logits, labels[d].flatten(), ignore_index=IGNORE, reduction="sum")
+            (total * scales[d].to(total)).backward()  # type: ignore[no-untyped-call]
+            sums.append(total.detach().double())
+            predictions.append(logits.detach().argmax(-1).view_as(labels[d]))
     if z.requires_grad:
         z.backward(trunk.grad)  # type: ignore[no-untyped-call]
     all_sums, first = torch.stack(sums), torch.stack(predictions)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -129,10 +130,27 @@ def shard(model: Model, world: World, within: int) -> None:
         fully_shard(block, mesh=mesh)
     # The rest, embedding, final norm and unembedding, stays gathered from the forward to the loss and its backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for way in ("run_trunk", "run_head"):
+        register_fsdp_forward_method(model, way)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def head_by_head(model: Model) -> Iterator[None]:
+    """Around the heads' backwards, which the trunk's follows: what the heads share stays gathered, and its gradients
+    are summed over the processes with the trunk's; a head's own are on their way while the next head runs."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(False)
+        model.set_requires_gradient_sync(False, recurse=False)
+        model.set_reshard_after_backward(False, recurse=False)
+    yield
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(True)
+        model.set_requires_gradient_sync(True, recurse=False)
+        model.set_reshard_after_backward(True, recurse=False)
 
 
 def spread_again(model: Model) -> None:

@@ -29,7 +29,7 @@ from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, ta
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.packing import restarted_positions
-from foretoken.parallel import ALONE, World, join_world, shard, spread_again
+from foretoken.parallel import ALONE, World, head_by_head, join_world, shard, spread_again
 from foretoken.provenance import Provenance
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
@@ -117,9 +117,7 @@ def _join(recipe: Recipe) -> World:
     world = join_world(_device(recipe.train).type)
     if recipe.train.batch_size % world.size:
         raise ConfigError(f"batch_size = {recipe.train.batch_size} is not a multiple of the {world.size} processes")
-    if world.size > 1 and recipe.loss.method == "sequential":
-        raise ConfigError('loss.method = "sequential" is for one process; use loss.method = "chunked"')
-    check_lora(recipe.model, world)
+    check_lora(recipe.model)
     return world
 
 
@@ -242,7 +240,7 @@ def _backward(
             context = model.context(T, documents, positions)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
             z = model.run_trunk(part.tokens[:, :T], context)
-            output = sequential_backward(z, heads, model.unembeddings(), part_labels, factors)
+            output = sequential_backward(z, heads, model.unembeddings(), part_labels, factors, head_by_head(model))
         yield part, output, valid_counts(part_labels)
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from foretoken import checkpoint
 from foretoken import train as training
 from foretoken.checkpoint import newest_step
 from foretoken.config import OptimConfig
-from foretoken.loss import mtp_loss, scales, targets, valid_counts
+from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid_counts
 from foretoken.model import Model
 from foretoken.optim import clip_gradients, make_optimizers, not_finite
-from foretoken.parallel import World, join_world, leave_world, shard, whole
+from foretoken.parallel import World, head_by_head, join_world, leave_world, shard, whole
 from foretoken.train import train
 
 
-def gradients(kind: str, within: int) -> None:
+def gradients(within: int, kind: str, unembedding: str = "shared", method: str = "chunked") -> None:
     """Each process's loss, gradients and updates beside those of one process on the whole batch."""
     world = join_world("cpu")
     g = torch.Generator().manual_seed(0)
@@ -42,16 +43,24 @@ def gradients(kind: str, within: int) -> None:
         labels = targets(tokens, documents, mask, 4)[:, rows]
         counts = valid_counts(labels)
         factors = scales([1.0, 0.5, 0.25, 2.0], counts if group is None else group.total(counts))
-        output = mtp_loss(model(tokens[rows], length=12), model.unembeddings(), labels, factors)
-        output.total.backward()
-        total = output.total.detach() if group is None else group.total(output.total.detach())
+        if method == "sequential":
+            total = torch.zeros((), dtype=torch.float64)
+            for half in (slice(0, len(labels[0]) // 2), slice(len(labels[0]) // 2, None)):  # as micro-batches
+                context = model.context(12)
+                heads = [partial(model.run_head, context=context, depth=depth) for depth in range(4)]
+                z = model.run_trunk(tokens[rows][half, :12], context)
+                weights, some = model.unembeddings(), labels[:, half]
+                total += sequential_backward(z, heads, weights, some, factors, head_by_head(model)).total
+        else:
+            total = mtp_loss(model(tokens[rows], length=12), model.unembeddings(), labels, factors).total
+            total.backward()
+        total = total.detach() if group is None else group.total(total.detach())
         found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         return {**found, "loss": total}
 
-    kind, _, unembedding = kind.partition(" ")
     fields: dict[str, Any] = {
         "head_kind": kind,
-        "unembedding": unembedding or "shared",
+        "unembedding": unembedding,
         "dtype": torch.float64,
         "peaked": False,
     }
@@ -146,7 +155,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
         if sys.argv[1] == "gradients":
-            gradients(sys.argv[2], int(sys.argv[3]))
+            gradients(int(sys.argv[2]), *sys.argv[3].split())
         else:
             run(*sys.argv[2:6], sys.argv[6:])
     finally:

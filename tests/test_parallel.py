@@ -38,11 +38,21 @@ def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize(
     ("processes", "within", "kind"),
-    [(2, 0, "parallel"), (2, 0, "sequential"), (4, 2, "parallel"), (4, 0, "parallel per_head")],
+    [
+        (2, 0, "parallel"),
+        (2, 0, "sequential"),
+        (4, 2, "parallel"),
+        (4, 0, "parallel per_head"),
+        (2, 0, "parallel shared sequential"),
+        (4, 2, "parallel per_head sequential"),
+    ],
 )
 def test_loss_and_gradients_of_one_process(processes: int, within: int, kind: str) -> None:
-    """Counts are summed over processes; in float64 to the last digits. 4 within 2: two copies, each in two parts."""
-    done = together(processes, "gradients", kind, within)
+    """Counts are summed over processes; in float64 to the last digits. 4 within 2: two copies, each in two parts.
+
+    kind: of heads, and of their unembeddings, and how the loss is taken.
+    """
+    done = together(processes, "gradients", within, kind)
     assert done.returncode == 0, done.stderr
 
 
@@ -77,11 +87,12 @@ def test_a_run_that_goes_on_with_others(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_slurm_starts_them_too(corpus: Path, tmp_path: Path) -> None:
-    """By its own variables, and the command that one process is started with."""
+    """By its own variables, and the command that one process is started with; here the loss is taken head by head."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sets = [part for change in overrides(corpus, *STEPS) for part in ("--set", change)]
+    asked = (*STEPS, "loss.method=sequential", "train.micro_batch_size=2")
+    sets = [part for change in overrides(corpus, *asked) for part in ("--set", change)]
     command = [sys.executable, "-m", "foretoken", "train", "tiny", "--out", str(tmp_path / "run"), *sets]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
     started = []
@@ -93,7 +104,7 @@ def test_slurm_starts_them_too(corpus: Path, tmp_path: Path) -> None:
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    train(recipe(corpus, *STEPS), tmp_path / "one")
+    train(recipe(corpus, *asked), tmp_path / "one")
     close_runs(tmp_path / "run", tmp_path / "one")
 
 
