@@ -263,7 +263,9 @@ def chained(drafter: Drafter, start: Start, stepper: Stepper, states: Callable[[
     laws: list[Tensor] = []
     while len(firsts) < drafter.drafts:
         state = states(firsts)
-        change = changes(start.requests, lambda row: [[*start.new[row], *(int(found[row]) for found in firsts)]])
+        change = changes(
+            start.requests, lambda row: [[*start.new[row], *(torch.cat(firsts, 1)[row].tolist() if firsts else ())]]
+        )
         depth = len(firsts) + 1 if drafter.heads_draft else 0
         found, law = stepper.pick_drafts(
             state, start.keys, len(firsts), change, drafter.ranks, drafter.draft_vocab, depth

@@ -24,8 +24,9 @@ from foretoken.packing import Mask, block_attention
 class Context:
     """What every block of one forward shares.
 
-    cos, sin (B or 1, T, H): the rotary tables at the tokens' positions. mask: None for plain causal attention, a
-    mask (B, 1, T, S) that `scaled_dot_product_attention` takes, or one of tiles, see `packing.document_mask`.
+    cos, sin (B or 1, T, H), or (T, H) of all rows: the rotary tables at the tokens' positions. mask: None for plain
+    causal attention, a mask (B, 1, T, S) that `scaled_dot_product_attention` takes, or one of tiles, see
+    `packing.document_mask`.
     """
 
     cos: Tensor

@@ -335,7 +335,8 @@ class Stepper:
         slots, start = cache.positions(count), min(cache.lengths)
         alike, at = start == max(cache.lengths), slots.device
         positions = slots if tree is None else slots[:, :1] + torch.tensor(tree.depths, device=at)
-        among = slice(start, start + count) if alike and tree is None else positions
+        flat = tree is None and alike and (count == 1 or len(cache.lengths) == 1)
+        among = slice(start, start + count) if flat else positions
         cos, sin = (table[among].to(self.model.dtype) for table in self.tables)  # (B, T, H), or of all rows (T, H)
         if alike and (last or count == 1):
             return At(Context(cos, sin), slots, cache)  # the only query sees all there is

@@ -141,16 +141,19 @@ def shard(model: Model, world: World, within: int) -> None:
 @contextmanager
 def head_by_head(model: Model) -> Iterator[None]:
     """Around the heads' backwards, which the trunk's follows: what the heads share stays gathered, and its gradients
-    are summed over the processes with the trunk's; a head's own are on their way while the next head runs."""
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(False)
-        model.set_requires_gradient_sync(False, recurse=False)
-        model.set_reshard_after_backward(False, recurse=False)
-    yield
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(True)
-        model.set_requires_gradient_sync(True, recurse=False)
-        model.set_reshard_after_backward(True, recurse=False)
+    are summed over the processes once, with the trunk's; a head's own are at the end of its backward."""
+
+    def last(value: bool) -> None:
+        if isinstance(model, FSDPModule):
+            model.set_is_last_backward(value)
+            model.set_requires_gradient_sync(value, recurse=False)
+            model.set_reshard_after_backward(value, recurse=False)
+
+    last(False)
+    try:
+        yield
+    finally:
+        last(True)
 
 
 def spread_again(model: Model) -> None:

@@ -240,7 +240,8 @@ def _backward(
             context = model.context(T, documents, positions)
             heads = [partial(model.run_head, context=context, depth=d) for d in range(n)]
             z = model.run_trunk(part.tokens[:, :T], context)
-            output = sequential_backward(z, heads, model.unembeddings(), part_labels, factors, head_by_head(model))
+            around = head_by_head(model) if z.requires_grad else None  # else no backward follows the heads'
+            output = sequential_backward(z, heads, model.unembeddings(), part_labels, factors, around)
         yield part, output, valid_counts(part_labels)
 
 

@@ -28,10 +28,11 @@ from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid
 from foretoken.model import Model
 from foretoken.optim import clip_gradients, make_optimizers, not_finite
 from foretoken.parallel import World, head_by_head, join_world, leave_world, shard, whole
+from foretoken.retrofit import freeze
 from foretoken.train import train
 
 
-def gradients(within: int, kind: str, unembedding: str = "shared", method: str = "chunked") -> None:
+def gradients(within: int, kind: str, unembedding: str = "shared", method: str = "chunked", frozen: str = "") -> None:
     """Each process's loss, gradients and updates beside those of one process on the whole batch."""
     world = join_world("cpu")
     g = torch.Generator().manual_seed(0)
@@ -50,7 +51,8 @@ def gradients(within: int, kind: str, unembedding: str = "shared", method: str =
                 heads = [partial(model.run_head, context=context, depth=depth) for depth in range(4)]
                 z = model.run_trunk(tokens[rows][half, :12], context)
                 weights, some = model.unembeddings(), labels[:, half]
-                total += sequential_backward(z, heads, weights, some, factors, head_by_head(model)).total
+                around = head_by_head(model) if z.requires_grad else None
+                total += sequential_backward(z, heads, weights, some, factors, around).total
         else:
             total = mtp_loss(model(tokens[rows], length=12), model.unembeddings(), labels, factors).total
             total.backward()
@@ -65,6 +67,9 @@ def gradients(within: int, kind: str, unembedding: str = "shared", method: str =
         "peaked": False,
     }
     alone, model = (tiny_model(**fields) for _ in range(2))
+    if frozen:
+        freeze(alone)
+        freeze(model)
     wanted = run(alone, slice(0, 8), None)
     shard(model, world, within)
     share = 8 // world.size

@@ -45,12 +45,13 @@ def together(processes: int, *arguments: object) -> subprocess.CompletedProcess[
         (4, 0, "parallel per_head"),
         (2, 0, "parallel shared sequential"),
         (4, 2, "parallel per_head sequential"),
+        (2, 0, "parallel per_head sequential frozen"),
     ],
 )
 def test_loss_and_gradients_of_one_process(processes: int, within: int, kind: str) -> None:
     """Counts are summed over processes; in float64 to the last digits. 4 within 2: two copies, each in two parts.
 
-    kind: of heads, and of their unembeddings, and how the loss is taken.
+    kind: of heads, and of their unembeddings, how the loss is taken, and whether further heads alone learn.
     """
     done = together(processes, "gradients", within, kind)
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,7 @@ from foretoken.checkpoint import describe, load_checkpoint, save_checkpoint
 from foretoken.config import ModelConfig, ModelRecipe, Shared
 from foretoken.errors import CheckpointError, ConfigError
 from foretoken.evaluate import evaluate
+from foretoken.layers import Rotary
 from foretoken.model import ALL_SHARED, Model, Stepper
 from foretoken.sampling import Sampling
 from foretoken.saver import Saver
@@ -170,8 +171,8 @@ def own_keys_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 def rotary_of_the_first_depth(patch: pytest.MonkeyPatch) -> None:
-    real = Model._tables
-    patch.setattr(Model, "_tables", lambda model, positions: real(model, positions - positions[:, :1]))
+    real = Rotary.forward
+    patch.setattr(Rotary, "forward", lambda rotary, positions: real(rotary, positions - positions[..., :1]))
 
 
 def decoding() -> None:

@@ -249,7 +249,8 @@ def tables(result: dict[str, Any]) -> str:
                 (minutes, arm, str(len(values["seeds"])), str(values["steps"]), _shown(values["bits_per_byte"]), along)
             )
             for mode in MODES if WAYS[arm] else ():
-                decoded += [_row(minutes, arm, mode, way.name, values[mode]) for way in WAYS[arm]]
+                names = [way.name for way in WAYS[arm] if way.name in values[mode]["sampled"]]
+                decoded += [_row(minutes, arm, mode, name, values[mode]) for name in names]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:]))
         for rows in (learnt, decoded)
