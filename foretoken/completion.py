@@ -216,15 +216,11 @@ def begin(
     ends = frozenset(() if options.get("ignore_eos") else end_ids(tokenizer))
     requests = [
         TextRequest(
-            chat.prompt(prompt) if chat else tokenizer.encode(prompt, add_special_tokens=True),
-            max_tokens,
-            seed + index,
-            ends,
-            decoder=tokenizer.stream(),
-            stop=stops,
+            chat.prompt(prompt) if chat else tokenizer.encode(prompt, add_special_tokens=True), max_tokens,
+            seed + index, ends, decoder=tokenizer.stream(), stop=stops,
         )
         for index, prompt in enumerate(prompts)
-    ]
+    ]  # fmt: skip
     _process(model, tokenizer, requests, options)
     drafts, source, nodes = options.get("drafts"), _source(options), options.get("nodes")
     draft_vocab = options.get("draft_vocab")

@@ -224,17 +224,12 @@ def _write(config: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Cal
             progress(sum(written.total for written in splits.values()))
     meta = {
         split: {
-            "total": written.total,
-            "documents": written.documents,
-            "gaps": written.gaps,
-            "domains": list(written.domains)[1:],
-            "fingerprint": written.digest.hexdigest(),
-            "dtype": dtype,
-            "shard_tokens": SHARD_TOKENS,
-            "sha256": digests(folder.glob(f"{split}-*.bin")),
+            "total": written.total, "documents": written.documents, "gaps": written.gaps,
+            "domains": list(written.domains)[1:], "fingerprint": written.digest.hexdigest(), "dtype": dtype,
+            "shard_tokens": SHARD_TOKENS, "sha256": digests(folder.glob(f"{split}-*.bin")),
         }
         for split, written in splits.items()
-    }
+    }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 

@@ -87,6 +87,7 @@ def decode(
                 request.steps.append(Step(own, min(count, len(new)), len(new)))
                 yield request, new
         batch.settle(turn)
+    batch.learn()
 
 
 class Batch:
@@ -116,6 +117,14 @@ class Batch:
         self.requests: list[Request] = []
         self.drafted: list[list[int]] = []
         self.ahead: Keys | None = None  # of the tokens that are drafted, and then verified, with the same noise
+        # Of rows that the pace has not heard of: the shapes of their drafts, which were accepted, what they hold.
+        self.unheard: tuple[list[Tree], list[list[int]], list[list[int]]] = ([], [], [])
+
+    def learn(self) -> None:
+        """Tell the pace of the last steps: of some at once, since that takes a part of a small model's step."""
+        if self.pace is not None and self.unheard[0]:
+            self.pace.record(*self.unheard, self.among)
+        self.unheard = ([], [], [])
 
     def grow(self) -> None:
         """Choose the shape of the next drafts, and the tokens they are among."""
@@ -132,6 +141,7 @@ class Batch:
     def prefill(self, request: Request) -> tuple[KVCache, Tensor, Tensor]:
         """Run the model on a request's prompt, alone: its row, and what `Stepper.forward` returns."""
         if not self.requests:  # no row's caches are behind: heads that have stopped can come back
+            self.learn()
             if self.pace is not None and self.adaptive:
                 self.drafter.drafts = self.pace.begin(self.most)
             self.grow()
@@ -157,6 +167,7 @@ class Batch:
         self.count += 1
         if self.pace is not None and self.drafter.drafts and self.count % CHOOSE_EVERY == 0:
             # Chosen from the steps before this one: its own are not known until it has drafted on.
+            self.learn()
             before = self.drafter.drafts, self.pace.draft_vocab
             if self.adaptive:
                 self.drafter.drafts = self.pace.choose(self.drafter.most())
@@ -164,10 +175,11 @@ class Batch:
                 self.grow()
         turn = self.drafter.turn(self.requests, tokens, self.cache, keys, self.tree)
         if self.pace is not None and longest:
-            trees = [self.tree or chain(len(draft)) for draft in self.drafted]
+            trees, paths, held = self.unheard
+            trees += [self.tree or chain(len(draft)) for draft in self.drafted]
             # Luck behind a row's own drafts says nothing of them.
-            paths = [path[: len(draft) + 1] for path, draft in zip(turn.paths, self.drafted, strict=True)]
-            self.pace.record(trees, paths, tokens, self.among)
+            paths += [path[: len(draft) + 1] for path, draft in zip(turn.paths, self.drafted, strict=True)]
+            held += tokens
         return turn
 
     def settle(self, turn: Turn) -> None:
@@ -175,6 +187,8 @@ class Batch:
         # Everything committed stays but the newest token, which has not been through the model yet.
         self.cache.roll_back([min(n, r.length - 1) for n, r in zip(self.cache.lengths, self.requests, strict=True)])
         self.drafted, self.ahead = turn.drafts, turn.ahead
+        if self.among != self.drafter.draft_vocab:
+            self.learn()
         self.tree, self.among = self.drafter.tree, self.drafter.draft_vocab
         alive = [index for index, request in enumerate(self.requests) if request.finish_reason is None]
         if len(alive) < len(self.requests):

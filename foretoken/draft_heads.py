@@ -28,6 +28,7 @@ class LinearDrafter(StackedDrafter):
 
     heads = 1
 
+    @torch.inference_mode()
     def states(self, hidden: Tensor, at: Sequence[int]) -> Tensor:
         """See `ParallelDrafter`."""
         heads = self.stepper.model.heads

@@ -17,7 +17,7 @@ from foretoken.model import Model, Stepper
 from foretoken.pace import SMALLEST_VOCABULARY, WIDTH, Pace, measured_costs, never_falling
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling
-from foretoken.tree import Tree, chain
+from foretoken.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Lookup:
 
 # Where drafts come from: None for the model's own heads, or another model with the same tokens, or the text so far.
 Source = Model | Lookup | None
+LENGTH = 256  # positions behind which steps are measured
 MOST = {Lookup: 8, Model: 4}  # drafts a step, where nobody says how many
 
 
@@ -130,26 +131,26 @@ def step_pace(
 
 
 def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | None) -> Pace:
-    length, V = min(128, stepper.config.max_position_embeddings), stepper.config.vocab_size
+    length, V = min(LENGTH, stepper.config.max_position_embeddings), stepper.config.vocab_size
     requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
     sampling = Sampling(1.0)
 
-    def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], object]:
+    def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], Turn]:
         room = length + 3 * drafts + 2 + WIDTH
         drafter = make_drafter(stepper, drafts, rows, room, source)
         cache = stepper.new_cache(rows, room, drafter.heads)
         drafter.tree, drafter.draft_vocab = tree, among
-        tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents)))] * rows
-        follows = Pace([1.0] * (drafts + 1))  # which takes a part of a small step
-        keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
+        tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents))) for _ in range(rows)]
 
-        def run() -> None:
+        def run() -> Turn:
             cache.lengths = [length] * rows
             drafter.stand(cache.lengths)
-            turn = drafter.turn(requests, tokens, cache, keys, tree)
-            if drafts:
-                follows.record([tree or chain(drafts)] * rows, turn.paths, tokens)
+            keys = Keys(sampling, [0] * rows, [length] * rows, drafts + 1, V, stepper.model.device)
+            return drafter.turn(requests, tokens, cache, keys, tree)
 
+        for place in range((drafts + 1) // 2):  # half of the drafts shall be accepted, which takes its time, too
+            for row, picked in zip(tokens, run().picked, strict=True):
+                row[place + 1] = picked[place]
         return run
 
     most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)

@@ -66,7 +66,7 @@ class Pace:
 
         tokens (B, nodes): what the nodes hold. draft_vocab: how many first tokens the drafts were among.
         """
-        if draft_vocab is None:
+        if self.within and draft_vocab is None:
             right_ones = [row[node] for row, path in zip(tokens, paths, strict=False) for node in path[1:]]
             for size, seen in self.within.items():
                 keep = (1 - 1 / LONG_MEMORY) ** len(right_ones)
@@ -145,22 +145,22 @@ class Pace:
 
     def speed(self, drafts: int, draft_vocab: int | None, doubt: float = 0.0) -> float:
         """Expected tokens per second."""
-        return self.tokens_per_step(drafts, doubt, self.share(draft_vocab)) / self.cost(drafts, draft_vocab)
+        return self.tokens_per_step(doubt, self.share(draft_vocab))[drafts] / self.cost(drafts, draft_vocab)
 
-    def tokens_per_step(self, drafts: int, doubt: float = 0.0, share: float = 1.0) -> float:
-        """Expected with so many drafts; doubt: by how many standard errors rates may be better than they looked.
+    def tokens_per_step(self, doubt: float = 0.0, share: float = 1.0) -> list[float]:
+        """Expected with 0, 1, 2, .. drafts; doubt: by how many standard errors rates may be better than they looked.
 
         share: of right drafts, those that can be drafted.
         """
-        expected, still, rate = 1.0, 1.0, 1.0
-        for depth in range(drafts):
-            of_before = rate if depth else 0.0  # one step's worth: accepted as often as the draft before it
-            tried = self.tried[depth] + (1 if depth else 0)
-            rate = (self.accepted[depth] + of_before) / tried
-            rate = min(1.0, rate)
-            rate = min(1.0, rate + doubt * math.sqrt(rate * (1 - rate) / tried))
+        expected, still, rate = [1.0], 1.0, 1.0
+        for depth, (accepted, tried) in enumerate(zip(self.accepted, self.tried, strict=True)):
+            if depth:  # one step's worth: accepted as often as the draft before it
+                accepted, tried = accepted + rate, tried + 1
+            rate = min(1.0, accepted / tried)
+            if doubt:
+                rate = min(1.0, rate + doubt * math.sqrt(rate * (1 - rate) / tried))
             still *= rate * share
-            expected += still
+            expected.append(expected[-1] + still)
         return expected
 
     def choose(self, most: int) -> int:
@@ -168,16 +168,26 @@ class Pace:
 
         Heads that have stopped drafting cannot come back before the next batch: a run of bad luck must not stop them.
         """
-        speeds = [max(self.speed(k, size) for size in self.spared) for k in range(min(most, len(self.costs) - 1) + 1)]
+        speeds = self._speeds(most)
         best = max(range(len(speeds)), key=speeds.__getitem__)
         now = min(self.best, len(speeds) - 1)
-        held = max(self.speed(now, size, DOUBT if best < now else 0.0) for size in self.spared)
+        held = self._speeds(most, DOUBT)[now] if best < now else speeds[now]
         self.best = best if speeds[best] > GAIN * held else now
         self._choose_vocabulary()
         return self.best
 
+    def _speeds(self, most: int, doubt: float = 0.0) -> list[float]:
+        """Of 0 to `most` drafts, each among the first tokens that are best for it."""
+        found = [0.0] * (min(most, len(self.costs) - 1) + 1)
+        for size in self.spared:
+            expected = self.tokens_per_step(doubt, self.share(size))
+            found = [max(x, expected[drafts] / self.cost(drafts, size)) for drafts, x in enumerate(found)]
+        return found
+
     def _choose_vocabulary(self) -> None:
         """For `best` drafts."""
+        if not self.within:
+            return
         best = max(self.spared, key=lambda size: self.speed(self.best, size))
         if self.speed(self.best, best) > GAIN * self.speed(self.best, self.draft_vocab):
             self.draft_vocab = best
