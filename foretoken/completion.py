@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
     lark: str  # .. or a Lark grammar
     drafts: int | None  # None: as many as pay; 0: plain decoding
     nodes: int | None  # None: what pays, or a chain where drafts are given; else drafts as a tree of so many places
-    draft_vocab: int | None  # None: all, or what pays with drafts; else drafts are among so many first tokens
+    draft_vocab: int | None  # None: all, or what pays where `drafts` is None; else so many first tokens
     lookup: int  # 0: off; else drafts are what followed the last so many tokens where they stood before
     draft_model: Model  # drafts are another model's, with the same tokens
     ignore_eos: bool  # False

@@ -143,9 +143,9 @@ class Pace:
         spared = self.spared.get(draft_vocab, 0.0) * drafts / max(1, len(self.costs) - 1)
         return max(self.costs[0], self.costs[drafts] - spared)
 
-    def speed(self, drafts: int, draft_vocab: int | None, doubt: float = 0.0) -> float:
+    def speed(self, drafts: int, draft_vocab: int | None) -> float:
         """Expected tokens per second."""
-        return self.tokens_per_step(doubt, self.share(draft_vocab))[drafts] / self.cost(drafts, draft_vocab)
+        return self.tokens_per_step(share=self.share(draft_vocab))[drafts] / self.cost(drafts, draft_vocab)
 
     def tokens_per_step(self, doubt: float = 0.0, share: float = 1.0) -> list[float]:
         """Expected with 0, 1, 2, .. drafts; doubt: by how many standard errors rates may be better than they looked.
