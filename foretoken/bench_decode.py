@@ -30,7 +30,7 @@ from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.files import write_json
 from foretoken.formats import hf
-from foretoken.native import library
+from foretoken.kernels import library
 from foretoken.request import Request
 
 

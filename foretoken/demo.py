@@ -27,10 +27,10 @@ from foretoken.display import Display
 from foretoken.errors import ConfigError
 from foretoken.evaluate import evaluate, evaluation_documents
 from foretoken.files import write_json
+from foretoken.kernels import library
 from foretoken.lab.stored import other_kind
 from foretoken.metrics import Record
 from foretoken.model import Model
-from foretoken.native import library
 from foretoken.recipe import load_recipe
 from foretoken.report import write_report
 from foretoken.tokenizer import Tokenizer, from_config

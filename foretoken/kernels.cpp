@@ -152,6 +152,25 @@ inline float maximum(const float* x, int64_t count) {
     return *std::max_element(a, a + LANES);
 }
 
+// Where the largest of `count` numbers stands, the first of equals.
+inline int64_t highest(const float* x, int64_t count) {
+    vec most = vec{} - INFINITY;
+    ivec where = {}, at = {};
+    for (int j = 0; j < LANES; ++j) at[j] = j;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES, at += LANES) {
+        const vec v = load(x + i);
+        const ivec more = v > most;
+        most = more ? v : most, where = more ? at : where;
+    }
+    int64_t best = where[0];
+    for (int j = 0; j < LANES && i; ++j)
+        if (most[j] > x[best] || (most[j] == x[best] && where[j] < best)) best = where[j];
+    for (; i < count; ++i)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
 // Sums of the vectors of each column: acc (OUTS, R) -> out (R, OUTS). As a call it would pass them through memory.
 template <int R>
 INLINE void sums(const vec (&acc)[OUTS][R], float (*out)[OUTS]) {
@@ -262,6 +281,7 @@ inline void multiply(const bf16* const* w, int64_t n, const bf16* x, int64_t ldx
         __m512bh v[R];
         UNROLL for (int r = 0; r < R; ++r) v[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + i);
         UNROLL for (int o = 0; o < OUTS; ++o) {
+            _mm_prefetch((const char*)(w[o] + i) + (R > 2 ? 2048 : 1024), _MM_HINT_T1);
             const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[o] + i);
             UNROLL for (int r = 0; r < R; ++r) acc[o][r] = (vec)_mm512_dpbf16_ps((__m512)acc[o][r], weight, v[r]);
         }
@@ -320,77 +340,170 @@ void product(const W* w, int64_t n, int64_t begin, int64_t end, const A* x, int6
     }
 }
 
-// Panels: the weights of small models once more, LANES outputs side by side, (in / 2, LANES, 2) in bfloat16. No sum goes
-// across a vector, which with their short rows costs as much as the multiplications.
+// Panels: a matrix once more, LANES outputs side by side, so that no sum goes across a vector, which with short rows costs as
+// much as the multiplications. A word of a vector holds two bfloat16 of an output, or four bytes. Of bytes each panel ends in
+// LANES factors and LANES corrections.
 #if defined(__AVX512BF16__)
 constexpr int PANEL = LANES;
+#else
+constexpr int PANEL = 0;
+#endif
+#if defined(__AVX512VNNI__)
+constexpr int BYTES = LANES;
+#else
+constexpr int BYTES = 0;
+#endif
 
-// P panels times R rows of x (R, ldx) -> out. n is a multiple of 4.
-template <int P, int R>
-INLINE void multiply_panels(const bf16* const (&w)[P], int64_t n, const bf16* x, int64_t ldx, vec (&out)[R][P]) {
-    __m512 acc[2][R][P];
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int p = 0; p < P; ++p) acc[0][r][p] = acc[1][r][p] = __m512{};
-    for (int64_t i = 0; i < n; i += 4)
+// Rows of activations as bytes: x is nearly (byte - 128) * scale.
+struct Rows8 {
+    const uint8_t* at;
+    const float* scale;
+};
+
+#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+struct Pairs {
+    typedef __m512 Sum;
+    static constexpr int64_t EACH = 2, TAIL = 0, AHEAD = 0;  // numbers in a word, words behind a panel, bytes asked for ahead
+    typedef const bf16* Rows;
+    static const bf16* row(Rows x, int64_t i) { return x + i; }
+    static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+    static vec result(Sum a, Sum b, const int32_t*, Rows, int64_t) { return (vec)(a + b); }
+};
+#endif
+#if defined(__AVX512VNNI__)
+struct Quads {
+    typedef __m512i Sum;
+    static constexpr int64_t EACH = 4, TAIL = 2 * LANES, AHEAD = 1024;
+    typedef Rows8 Rows;
+    static const uint8_t* row(Rows x, int64_t i) { return x.at + i; }
+    static Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, x, w); }
+    static vec result(Sum a, Sum b, const int32_t* tail, Rows x, int64_t r) {
+        const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(a, b), _mm512_loadu_si512(tail + LANES));
+        return (vec)_mm512_cvtepi32_ps(whole) * load((const float*)tail) * x.scale[r];
+    }
+};
+#endif
+
+// P panels times R rows of x, from row r on -> out. n is a multiple of two words.
+template <class Kind, int P, int R>
+INLINE void multiply_panels(const int32_t* const (&w)[P], int64_t n, typename Kind::Rows x, int64_t r, vec (&out)[R][P]) {
+    typename Kind::Sum acc[2][R][P];
+    UNROLL for (int b = 0; b < R; ++b)
+        UNROLL for (int p = 0; p < P; ++p) acc[0][b][p] = acc[1][b][p] = typename Kind::Sum{};
+    const int64_t words = n / Kind::EACH;
+    for (int64_t i = 0; i < words; i += 2)
         UNROLL for (int h = 0; h < 2; ++h) {
-            __m512bh pairs[R];
-            UNROLL for (int r = 0; r < R; ++r) {
-                int32_t pair;
-                std::memcpy(&pair, x + r * ldx + i + 2 * h, 4);
-                pairs[r] = (__m512bh)_mm512_set1_epi32(pair);
+            __m512i read[R];
+            UNROLL for (int b = 0; b < R; ++b) {
+                int32_t word;
+                std::memcpy(&word, Kind::row(x, (r + b) * n + (i + h) * Kind::EACH), 4);
+                read[b] = _mm512_set1_epi32(word);
             }
             UNROLL for (int p = 0; p < P; ++p) {
-                const __m512bh weight = (__m512bh)_mm512_loadu_si512(w[p] + (i + 2 * h) * PANEL);
-                UNROLL for (int r = 0; r < R; ++r) acc[h][r][p] = _mm512_dpbf16_ps(acc[h][r][p], weight, pairs[r]);
+                if (Kind::AHEAD) _mm_prefetch((const char*)(w[p] + (i + h) * LANES) + Kind::AHEAD, _MM_HINT_T1);
+                const __m512i weight = _mm512_loadu_si512(w[p] + (i + h) * LANES);
+                UNROLL for (int b = 0; b < R; ++b) acc[h][b][p] = Kind::dot(acc[h][b][p], weight, read[b]);
             }
         }
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int p = 0; p < P; ++p) out[r][p] = (vec)(acc[0][r][p] + acc[1][r][p]);
-}
-
-// Where panel number p + a / EACH lies, of the one matrix or, in turn, of two that are `apart` panels apart.
-template <int P, int EACH, int R, class Emit>
-void emit_panels(const bf16* w, int64_t n, int64_t apart, int64_t p, const bf16* x, int64_t ldx, int64_t r, Emit emit) {
-    const bf16* at[P];
-    UNROLL for (int a = 0; a < P; ++a) at[a] = w + (p + a / EACH + a % EACH * apart) * n * PANEL;
-    vec out[R][P];
-    multiply_panels<P, R>(at, n, x + r * ldx, ldx, out);
     UNROLL for (int b = 0; b < R; ++b)
-        UNROLL for (int a = 0; a < P; a += EACH) emit(p + a / EACH, r + b, &out[b][a]);
+        UNROLL for (int p = 0; p < P; ++p)
+            out[b][p] = Kind::result(acc[0][b][p], acc[1][b][p], w[p] + words * LANES, x, r + b);
 }
 
-template <int P, int EACH, class Emit>
-void some_panels(const bf16* w, int64_t n, int64_t apart, int64_t p, const bf16* x, int64_t ldx, int64_t rows, int64_t each,
+// Where panels p, p + step, .. lie, of the one matrix or, in turn, of two that are `apart` panels apart.
+template <class Kind, int P, int EACH, int R, class Emit>
+void emit_panels(const int32_t* w, int64_t n, int64_t apart, int64_t p, int64_t step, typename Kind::Rows x, int64_t r,
                  Emit emit) {
-    for (int64_t r = 0; r < rows; r += each)
-        switch (std::min(each, rows - r)) {
-            case 1: emit_panels<P, EACH, 1>(w, n, apart, p, x, ldx, r, emit); break;
-            case 2: emit_panels<P, EACH, 2>(w, n, apart, p, x, ldx, r, emit); break;
-            case 3: emit_panels<P, EACH, 3>(w, n, apart, p, x, ldx, r, emit); break;
-            case 4: emit_panels<P, EACH, 4>(w, n, apart, p, x, ldx, r, emit); break;
-            case 5: emit_panels<P, EACH, 5>(w, n, apart, p, x, ldx, r, emit); break;
-            case 6: emit_panels<P, EACH, 6>(w, n, apart, p, x, ldx, r, emit); break;
-        }
+    const int32_t* at[P];
+    UNROLL for (int a = 0; a < P; ++a)
+        at[a] = w + (p + a / EACH * step + a % EACH * apart) * (n / Kind::EACH * LANES + Kind::TAIL);
+    vec out[R][P];
+    multiply_panels<Kind, P, R>(at, n, x, r, out);
+    UNROLL for (int b = 0; b < R; ++b)
+        UNROLL for (int a = 0; a < P; a += EACH) emit(p + a / EACH * step, r + b, &out[b][a]);
+}
+
+// P / EACH panels at a time, so many streams through memory; returns the first panel that is left.
+template <class Kind, int P, int EACH, class Emit>
+int64_t some_panels(const int32_t* w, int64_t n, int64_t apart, int64_t begin, int64_t end, typename Kind::Rows x,
+                    int64_t rows, int64_t each, Emit emit) {
+    const int64_t step = (end - begin) / (P / EACH);
+    for (int64_t p = begin; p < begin + step; ++p)
+        for (int64_t r = 0; r < rows; r += each)
+            switch (std::min(each, rows - r)) {
+                case 1: emit_panels<Kind, P, EACH, 1>(w, n, apart, p, step, x, r, emit); break;
+                case 2: emit_panels<Kind, P, EACH, 2>(w, n, apart, p, step, x, r, emit); break;
+                case 3: emit_panels<Kind, P, EACH, 3>(w, n, apart, p, step, x, r, emit); break;
+                case 4: emit_panels<Kind, P, EACH, 4>(w, n, apart, p, step, x, r, emit); break;
+                case 5: emit_panels<Kind, P, EACH, 5>(w, n, apart, p, step, x, r, emit); break;
+                case 6: emit_panels<Kind, P, EACH, 6>(w, n, apart, p, step, x, r, emit); break;
+            }
+    return begin + step * (P / EACH);
 }
 
 // emit(p, r, y) for panels p in [begin, end) and rows r: y[0] are the outputs of panel p, and y[1], where EACH is 2, those of
 // panel p + apart.
-template <int EACH, class Emit>
-void panels(const bf16* w, int64_t n, int64_t apart, int64_t begin, int64_t end, const bf16* x, int64_t rows, Emit emit) {
+template <class Kind, int EACH, class Emit>
+void all_panels(const void* matrix, int64_t n, int64_t apart, int64_t begin, int64_t end, typename Kind::Rows x, int64_t rows,
+                Emit emit) {
+    const int32_t* w = (const int32_t*)matrix;
     const int64_t chunks = (rows + ROWS - 1) / ROWS, each = (rows + chunks - 1) / chunks;
-    for (int64_t p = begin, count; p < end; p += count / EACH) {
-        const int64_t left = (end - p) * EACH;
-        count = each <= 2 && left >= 4 ? 4 : left >= 2 ? 2 : 1;  // few rows leave registers for more panels
-        if (count == 4) some_panels<4, EACH>(w, n, apart, p, x, n, rows, each, emit);
-        else if (count == 2) some_panels<2, EACH>(w, n, apart, p, x, n, rows, each, emit);
-        else if constexpr (EACH == 1) some_panels<1, EACH>(w, n, apart, p, x, n, rows, each, emit);
-    }
+    if (each <= 2) begin = some_panels<Kind, 4, EACH>(w, n, apart, begin, end, x, rows, each, emit);  // registers for more
+    begin = some_panels<Kind, 2, EACH>(w, n, apart, begin, end, x, rows, each, emit);
+    if constexpr (EACH == 1) some_panels<Kind, 1, EACH>(w, n, apart, begin, end, x, rows, each, emit);
 }
-#else
-constexpr int PANEL = 0;
 #endif
-template <int EACH, class W, class A, class Emit>  // float32, and machines that have none
-void panels(const W*, int64_t, int64_t, int64_t, int64_t, const A*, int64_t, Emit) {}
+
+template <int EACH, class Emit>
+void panels(const void* w, int64_t n, int64_t apart, int64_t begin, int64_t end, const bf16* x, int64_t rows, Emit emit) {
+#if defined(__AVX512BF16__)
+    all_panels<Pairs, EACH>(w, n, apart, begin, end, x, rows, emit);
+#endif
+}
+template <int EACH, class Emit>
+void panels(const void* w, int64_t n, int64_t apart, int64_t begin, int64_t end, Rows8 x, int64_t rows, Emit emit) {
+#if defined(__AVX512VNNI__)
+    all_panels<Quads, EACH>(w, n, apart, begin, end, x, rows, emit);
+#endif
+}
+template <int EACH, class Emit>  // float32 has none
+void panels(const void*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, Emit) {}
+
+template <class T>
+float largest(const T* x, int64_t n) {  // of the absolute values
+    vec most = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vec v = load(x + i), size = v < 0 ? -v : v;
+        most = size > most ? size : most;
+    }
+    float a[LANES];
+    store(a, most);
+    float found = *std::max_element(a, a + LANES);
+    for (; i < n; ++i) found = std::max(found, std::abs(widen(x[i])));
+    return found;
+}
+
+// Rows x (rows, n) as bytes, n a multiple of LANES; the memory is this thread's until it asks again.
+template <class T>
+Rows8 bytes_of(const T* x, int64_t rows, int64_t n) {
+    thread_local Buffer<uint8_t> memory(0);
+    thread_local Buffer<float> scales(0);
+    uint8_t* to = memory.reserve(rows * n);
+    float* scale = scales.reserve(rows);
+#if defined(__AVX512F__)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float most = largest(x + r * n, n), inverse = most > 0 ? 127.0f / most : 0.0f;
+        scale[r] = most / 127.0f;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const __m512i whole = _mm512_cvtps_epi32((__m512)(load(x + r * n + i) * inverse));
+            _mm_storeu_si128((__m128i*)(to + r * n + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+        }
+    }
+#endif
+    return {to, scale};
+}
 
 // Scores (rows, room) of queries (rows, H) with the keys (slots, H) of one head.
 template <class W, class A>
@@ -472,14 +585,16 @@ extern "C" {
 // The structures are mirrored field by field in native.py.
 
 struct Model {
-    int64_t bfloat16, packed, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
+    int64_t bfloat16, packed, bytes, threads, width, heads, kv_heads, head_dim, mlp, vocabulary;
     double eps;
-    const void *embedding, *unembedding, *norm;  // (V, D), (V, D), (D)
+    const void *embedding, *unembedding, *draft_unembedding, *norm;  // (V, D), (V, D), (V, D) in bytes, (D)
     const float *cos, *sin;                      // (positions, H), the first half of sin negative
 };
 
-// Weights as torch.nn.Linear has them (out, in); pointers that a block has no use for are null.
+// Weights as torch.nn.Linear has them (out, in), or as panels; pointers that a block has no use for are null. bytes: the
+// matrices are panels of bytes, which drafts alone may come from.
 struct Layer {
+    int64_t bytes;
     const void *qkv, *qkv_bias, *o, *gate_up, *down;
     const void *norm_1, *norm_2, *q_norm, *k_norm, *hidden_norm;
     void *keys, *values;  // (rows, kv_heads, capacity, H)
@@ -579,7 +694,7 @@ class Runner {
 
   public:
     Runner(const Model& model, int64_t rows)
-        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H), unit(model.packed ? LANES : OUTS),
+        : m(model), D(m.width), N(m.heads), G(m.kv_heads), H(m.head_dim), F(m.mlp), Q((N + 2 * G) * H), unit(model.packed || model.bytes ? LANES : OUTS),
           input(std::max(rows, FEW * model.threads) * 2 * D), mixed(rows * N * H), hidden(rows * F), qkv(rows * Q), gate_up(rows * 2 * F) {}
 
     void barrier() { all.wait(); }
@@ -598,7 +713,7 @@ class Runner {
         const W* bias = (const W*)l.qkv_bias;
         auto project = [&, width = Q](int64_t begin, int64_t end, int64_t first) {
             float* out = qkv.data() + first * width;
-            multiply(l.qkv, in, begin, end, read + first * in, items.count - first, [=](int64_t o, int64_t r, auto y) {
+            multiply(l.qkv, l.bytes, in, begin, end, read + first * in, items.count - first, [=](int64_t o, int64_t r, auto y) {
                 put(out + r * width + o, bias ? plus(y, bias + o) : y);
             });
         };
@@ -619,12 +734,12 @@ class Runner {
         x += from * D;
         const Part d(D, unit), f(F, unit);
         auto residual = [x, width = D](int64_t o, int64_t r, auto y) { add(x + r * width + o, y); };
-        multiply(l.o, N * H, d.begin, d.end, mixed.data() + from * N * H, R, residual);
+        multiply(l.o, l.bytes, N * H, d.begin, d.end, mixed.data() + from * N * H, R, residual);
         barrier();
         read = prepare(R, D, [&](int64_t r, A* row) { normalise(x + r * D, (const W*)l.norm_2, D, m.eps, row); });
-        gated(l.gate_up, f, read, R);
+        gated(l.gate_up, l.bytes, f, read, R);
         barrier();
-        multiply(l.down, F, d.begin, d.end, hidden.data(), R, residual);
+        multiply(l.down, l.bytes, F, d.begin, d.end, hidden.data(), R, residual);
         barrier();
     }
 
@@ -633,11 +748,12 @@ class Runner {
         for (int64_t i = 0; i < D; ++i) x[i] = widen(row[i]);
     }
 
-    // States (rows, D) -> logits (rows, vocabulary) of the first tokens, normalised first.
-    void logits(const float* states, int64_t rows, int64_t vocabulary, float* out) {
+    // States (rows, D) -> logits (rows, vocabulary) of the first tokens, normalised first. drafts: bytes will do.
+    void logits(const float* states, int64_t rows, int64_t vocabulary, float* out, bool drafts = false) {
         A* read = prepare(rows, D, [&](int64_t r, A* row) { normalise(states + r * D, (const W*)m.norm, D, m.eps, row); });
         const Part v(vocabulary, unit);
-        multiply(m.unembedding, D, v.begin, v.end, read, rows,
+        const bool bytes = drafts && m.bytes;
+        multiply(bytes ? m.draft_unembedding : m.unembedding, bytes, D, v.begin, v.end, read, rows,
                  [=](int64_t o, int64_t r, auto y) { put(out + r * vocabulary + o, y); });
         barrier();
     }
@@ -645,21 +761,24 @@ class Runner {
   private:
     // emit(o, r, y) for the outputs o of rows x (rows, n); with panels LANES of them at once where they are whole.
     template <class Emit>
-    void multiply(const void* w, int64_t n, int64_t begin, int64_t end, const A* x, int64_t rows, Emit emit) const {
-        if (!m.packed) return product((const W*)w, n, begin, end, x, n, rows, emit);
+    void multiply(const void* w, bool bytes, int64_t n, int64_t begin, int64_t end, const A* x, int64_t rows, Emit emit) const {
+        if (!m.packed && !bytes) return product((const W*)w, n, begin, end, x, n, rows, emit);
         if (begin == end) return;  // behind the vocabulary, whose last panel is another's
-        panels<1>((const W*)w, n, 0, begin / LANES, (end + LANES - 1) / LANES, x, rows, [=](int64_t p, int64_t r, const vec* y) {
+        auto parted = [=](int64_t p, int64_t r, const vec* y) {
             if ((p + 1) * LANES <= end) return emit(p * LANES, r, *y);
             for (int64_t o = p * LANES; o < end; ++o) emit(o, r, (*y)[o % LANES]);
-        });
+        };
+        if (bytes) return panels<1>(w, n, 0, begin / LANES, (end + LANES - 1) / LANES, bytes_of(x, rows, n), rows, parted);
+        panels<1>(w, n, 0, begin / LANES, (end + LANES - 1) / LANES, x, rows, parted);
     }
 
     // silu(gate) * up of one part.
-    void gated(const void* w, Part f, const A* x, int64_t R) {
-        if (m.packed)
-            return panels<2>((const W*)w, D, F / LANES, f.begin / LANES, f.end / LANES, x, R, [=](int64_t p, int64_t r, const vec* y) {
-                store(hidden.data() + r * F + p * LANES, y[0] / (1.0f + exp(-y[0])) * y[1]);
-            });
+    void gated(const void* w, bool bytes, Part f, const A* x, int64_t R) {
+        auto join = [=](int64_t p, int64_t r, const vec* y) {
+            store(hidden.data() + r * F + p * LANES, y[0] / (1.0f + exp(-y[0])) * y[1]);
+        };
+        if (bytes) return panels<2>(w, D, F / LANES, f.begin / LANES, f.end / LANES, bytes_of(x, R, D), R, join);
+        if (m.packed) return panels<2>(w, D, F / LANES, f.begin / LANES, f.end / LANES, x, R, join);
         auto keep = [both = gate_up.data(), width = 2 * F](int64_t o, int64_t r, float y) { both[r * width + o] = y; };
         product((const W*)w, D, f.begin, f.end, x, D, R, keep);
         product((const W*)w, D, F + f.begin, F + f.end, x, D, R, keep);
@@ -833,7 +952,7 @@ inline uint64_t mix64(uint64_t x) {  // splitmix64's step, as in sampling.py
 // The token of one row of logits. A token can only win where 1 - u <= -log u <= exp(-(best - logit) / temperature), u
 // its uniform number; the logarithms are taken of those tokens alone.
 int64_t pick(const float* logits, int64_t V, double temperature, uint64_t seed, uint64_t position) {
-    int64_t winner = std::max_element(logits, logits + V) - logits;
+    int64_t winner = highest(logits, V);
     if (temperature == 0) return winner;
     const uint64_t key = mix64(mix64(seed) ^ position);
     auto noisy = [&](int64_t v) {
@@ -861,7 +980,7 @@ bool filters(const Turn& t) { return t.temperature > 0 && (t.top_k || t.top_p < 
 
 // Makes -inf of the logits (V) that a filter drops, as `filtered` in sampling.py does.
 void filter(float* logits, int64_t V, const Turn& t) {
-    const float most = *std::max_element(logits, logits + V);
+    const float most = logits[highest(logits, V)];
     std::vector<float> share(V);
     double total = 0, before = 0;
     for (int64_t v = 0; v < V; ++v) total += share[v] = std::exp(float((logits[v] - most) / t.temperature));
@@ -899,7 +1018,7 @@ class Softmax {
 
   public:
     Softmax(const float* logits, int64_t V, double temperature) : shares((V + LANES - 1) / LANES * LANES, -INFINITY) {
-        const float most = *std::max_element(logits, logits + V), scale = float(1 / temperature);
+        const float most = logits[highest(logits, V)], scale = float(1 / temperature);
         std::copy_n(logits, V, shares.begin());
         for (int64_t v = 0; v < V; v += LANES) store(&shares[v], exp((load(&shares[v]) - most) * scale));
         for (int64_t v = 0; v < V; ++v) total += shares[v];
@@ -932,7 +1051,7 @@ int64_t reject(const float* logits, const float* proposed, const int64_t* drafts
 }
 
 float log_probability(const float* logits, int64_t V, int64_t token) {
-    const float most = *std::max_element(logits, logits + V);
+    const float most = logits[highest(logits, V)];
     vec total = {};
     int64_t v = 0;
     for (; v + LANES <= V; v += LANES) total += exp(load(logits + v) - most);
@@ -1076,7 +1195,7 @@ class Turner {
         const Part p(B);
         float* state = states.data() + before * D;
         for (int64_t d = 0; d < K; ++d) {
-            run.logits(state, B, M, scores.data());
+            run.logits(state, B, M, scores.data(), true);
             for (int64_t b = p.begin; b < p.end; ++b) propose(scores.data() + b * M, b, d);
             run.barrier();
             if (d + 1 == K) break;
@@ -1096,7 +1215,7 @@ class Turner {
                 std::copy_n(states.data() + (before + b) * D, D, hidden.data() + (b * heads + h) * D);
             run.barrier();
         }
-        run.logits(hidden.data(), B * heads, M, scores.data());
+        run.logits(hidden.data(), B * heads, M, scores.data(), true);
         for (int64_t i = omp_get_thread_num(); i < B * heads; i += omp_get_num_threads())
             propose(scores.data() + i * M, i / heads, i % heads);
     }
@@ -1145,10 +1264,10 @@ void draft(const Model& m, const Layer& layer, const Items& items, int64_t from,
 }
 
 template <class W>
-void logits(const Model& m, const float* states, int64_t rows, int64_t vocabulary, float* out) {
+void logits(const Model& m, const float* states, int64_t rows, int64_t vocabulary, bool drafts, float* out) {
     Runner<W> run(m, rows);
 #pragma omp parallel num_threads(m.threads)
-    run.logits(states, rows, vocabulary, out);
+    run.logits(states, rows, vocabulary, out, drafts);
 }
 
 template <class W>
@@ -1162,8 +1281,9 @@ void turn(const Model& m, const Layer* layers, int64_t trunk, int64_t heads, con
 
 extern "C" {
 
-// Outputs of a panel; 0 where there are none.
+// Outputs of a panel of bfloat16, and of bytes; 0 where there are none.
 int64_t foretoken_panel() { return PANEL; }
+int64_t foretoken_bytes() { return BYTES; }
 
 // A matrix (outputs, inputs) of bfloat16 that becomes panels.
 struct Packing {
@@ -1183,6 +1303,31 @@ void foretoken_pack(const Packing* all, int64_t count, int64_t threads) {
     }
 }
 
+// The same as panels of bytes: an output is nearly its bytes times its factor.
+void foretoken_pack_bytes(const Packing* all, int64_t count, int64_t threads) {
+    for (int64_t i = 0; i < count; ++i) {
+        const Packing& m = all[i];
+        const int64_t n = m.inputs, words = n / 4;
+#pragma omp parallel for num_threads(threads)
+        for (int64_t o = 0; o < m.outputs; ++o) {
+            uint32_t* panel = m.to + o / LANES * (words + 2) * LANES + o % LANES;
+            const bf16* row = (const bf16*)m.from + o * n;
+            const float most = largest(row, n), inverse = most > 0 ? 127.0f / most : 0.0f, factor = most / 127.0f;
+            int32_t total = 0;
+            for (int64_t j = 0; j < words; ++j) {
+                uint32_t word = 0;
+                for (int64_t k = 0; k < 4; ++k) {
+                    const int32_t whole = int32_t(std::lrintf(widen(row[4 * j + k]) * inverse));
+                    total += whole, word |= uint32_t(uint8_t(whole)) << (8 * k);
+                }
+                panel[j * LANES] = word;
+            }
+            std::memcpy(panel + words * LANES, &factor, 4);
+            panel[(words + 1) * LANES] = uint32_t(128 * total);
+        }
+    }
+}
+
 // z (R, D): the trunk's output. hidden (heads, R, D): the heads' states. None of them normalised. stacked: a head reads
 // the state of the one before it, and the first of them z.
 void foretoken_forward(const Model* m, const Layer* layers, int64_t trunk, int64_t heads, int64_t stacked,
@@ -1195,9 +1340,9 @@ void foretoken_draft(const Model* m, const Layer* layer, const Items* items, int
     (m->bfloat16 ? draft<bf16> : draft<float>)(*m, *layer, *items, from, x);
 }
 
-// Logits (rows, vocabulary) of states (rows, D), of the first tokens.
-void foretoken_logits(const Model* m, const float* states, int64_t rows, int64_t vocabulary, float* out) {
-    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, vocabulary, out);
+// Logits (rows, vocabulary) of states (rows, D), of the first tokens; drafts: bytes will do.
+void foretoken_logits(const Model* m, const float* states, int64_t rows, int64_t vocabulary, int64_t drafts, float* out) {
+    (m->bfloat16 ? logits<bf16> : logits<float>)(*m, states, rows, vocabulary, drafts, out);
 }
 
 // A whole step: the forward, the target's tokens, how many drafts they accept, and the next drafts; of the block

@@ -18,8 +18,9 @@ from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
 from foretoken.graphs import Graphs, bucket
 from foretoken.heads import make_heads, make_unembeddings
+from foretoken.kernels import library
 from foretoken.layers import At, Block, BlockStack, Context, Parts, RMSNorm, Rotary, SequentialStack, grouped_mask
-from foretoken.native import DTYPES, Native, library
+from foretoken.native import DTYPES, Native
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
 from foretoken.processors import Change, pick_targets
@@ -191,10 +192,9 @@ class Stepper:
         return Parts(*ends, self.trunk, self.heads, self.drafter)
 
     def _native(self) -> Native | None:
-        model = self.model
-        if model.device.type != "cpu" or model.dtype not in DTYPES or (found := library()) is None:
-            return None
-        return Native(found, self.parts(), self.further, self.early)
+        fits = self.model.device.type == "cpu" and self.model.dtype in DTYPES
+        found = library() if fits else None
+        return None if found is None else Native(found, self.parts(), self.further, self.early)
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -203,7 +203,7 @@ class Stepper:
     def new_cache(self, rows: int, capacity: int, heads: int) -> KVCache:
         """An empty cache for `rows` requests of at most `capacity` positions, for the trunk and the first `heads`."""
         if self.native is not None:
-            self.native.follow()  # with the cache the weights are taken as they are now
+            self.native.follow(sum(p._version for p in self.model.parameters()))  # the weights as they are now
         return self._cache(len(self.trunk) + (1 if self.early else heads), rows, capacity)
 
     def new_draft_cache(self, rows: int, capacity: int, blocks: int = 1) -> KVCache:
@@ -315,7 +315,7 @@ class Stepper:
             pairs = zip(states, weights, strict=True)
             logits = torch.stack([F.linear(state, weight[:draft_vocab]) for state, weight in pairs], -2)
         elif self.native is not None:
-            logits = self.native.logits(hidden, draft_vocab)
+            logits = self.native.logits(hidden, draft_vocab, depth > 0)
         else:
             logits = F.linear(self.model.norm(hidden), self.model.lm_head.weight[:draft_vocab])
         return widened(logits if logits.dtype == torch.float64 else logits.float(), self.config.vocab_size)

@@ -1,24 +1,14 @@
-"""The decoding step in C++ for CPUs: compiles `kernels.cpp` once a machine, and calls it on the decoder's own tensors.
+"""The decoding step in C++ for CPUs: `kernels.cpp` on the decoder's own tensors.
 
 A compiled step is used for blocks of few tokens in float32 and bfloat16, and for small models' prompts. Longer ones,
-other types and other devices go through PyTorch, and so does everything where no C++ compiler is found or
-FORETOKEN_NATIVE=0 is set: the same tokens, several times slower for small models.
+other types and other devices go through PyTorch: the same tokens, several times slower for small models.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import itertools
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,99 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretoken.cache import KVCache
+from foretoken.kernels import AT, INT, Items, Layer, Turn, array
+from foretoken.kernels import Model as Weights
 from foretoken.layers import BlockStack, Parts, SequentialStack
 from foretoken.sampling import Keys
 from foretoken.tree import Tree, chain
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_PACKED = 12 << 20  # bytes of matrices; larger ones are read no faster as panels
+LEAST_BYTES = 4 << 20  # bytes of the matrices that draft; less is multiplied as fast as it is
 MOST_READ = 512  # tokens of a small model's prompt; behind how many PyTorch is faster was not measured
-
-_log = logging.getLogger(__name__)
-
-
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    pairs = [(field, kind) for kind_names, kind in fields.values() for field in kind_names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": pairs})
-
-
-_INT, _REAL, _AT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_Model = _structure(
-    "_Model",
-    sizes=("bfloat16 packed threads width heads kv_heads head_dim mlp vocabulary", _INT),
-    eps=("eps", _REAL),
-    weights=("embedding unembedding norm cos sin", _AT),
-)
-_Layer = _structure(
-    "_Layer",
-    weights=("qkv qkv_bias o gate_up down norm_1 norm_2 q_norm k_norm hidden_norm keys values", _AT),
-    capacity=("capacity", _INT),
-)
-_Items = _structure("_Items", count=("count", _INT), arrays=("token row slot position base seen", _AT))
-_Turn = _structure(
-    "_Turn",
-    sizes=("rows tokens drafts ranks rejection draft_vocabulary top_k", _INT),
-    law=("temperature top_p min_p", _REAL),
-    arrays=(
-        "token length draft_length seed position parent picked path accepted draft logprob proposed proposal state",
-        _AT,
-    ),
-)
-
-
-@functools.cache
-def _array(kind: Any, count: int) -> Any:
-    return kind * count  # a new type, and as slow to make as one
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, from the cache or made now (some seconds); None where that cannot be or is not wanted."""
-    if os.environ.get("FORETOKEN_NATIVE") == "0":
-        return None
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        _log.warning("no C++ compiler (c++, g++ or clang++) found: decoding runs in PyTorch, which is slower")
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        _log.warning("decoding runs in PyTorch, which is slower: %s failed: %s", compiler, reason.strip()[-300:])
-        return None
-    for name in ("forward", "draft", "logits", "turn", "pack"):
-        getattr(loaded, f"foretoken_{name}").restype = None
-    return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    """Path of the library for this source, compiler and processor."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretoken"
-    # PyTorch's own OpenMP: two of them in a process would fight for the cores.
-    openmp = sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib[gi]omp*"))
-    command = [compiler, *FLAGS, str(SOURCE), *openmp]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = "\n".join([*command, version, _processor()]).encode() + SOURCE.read_bytes()
-    path = root / f"kernels-{hashlib.sha256(key).hexdigest()[:32]}.so"
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            made = Path(folder) / path.name
-            subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=True, timeout=600)
-            made.replace(path)
-    return path
-
-
-def _processor() -> str:
-    """What -march=native depends on, so that a home folder shared by different machines is safe."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.platform()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 class Native:
@@ -140,13 +48,20 @@ class Native:
         self.vocabulary, self.width = embedding.shape
         self.tables: tuple[Tensor, Tensor] | None = None
         self.panels: dict[int, Tensor] = {}  # of matrices, by their id: see `kernels.cpp`
+        self.bytes: dict[tuple[int, int], Tensor] = {}  # of blocks' matrices, by id and index in the stack
         self.packing: Any = None
+        self.byte_packing: Any = None
+        self.version = -1  # of the weights that lie there as bytes
         stacks = [*trunk, heads, *further, *([] if drafter is None else [drafter])]
-        matrices = [unembedding, *(matrix for s in stacks for matrix in (s.qkv, s.o, s.gate_up, s.down))]
-        self._pack(matrices, self.width, heads.head_dim, heads.down.size(2))
-        self.model = _Model(
+        sizes = self.width, heads.head_dim, heads.down.size(2)
+        self._pack([unembedding, *(matrix for stack in stacks for matrix in _matrices(stack))], *sizes)
+        if not self.stacked:
+            blocks = [(heads, index) for index in range(1, heads.m)] if drafter is None else [(drafter, 0)]
+            self._pack_bytes(unembedding, blocks, *sizes)
+        self.model = Weights(
             int(embedding.dtype == torch.bfloat16),
             int(self.packing is not None),
+            int(self.byte_packing is not None),
             torch.get_num_threads(),
             self.width,
             heads.heads,
@@ -155,7 +70,10 @@ class Native:
             heads.down.size(2),
             self.vocabulary,
             eps,
-            *(tensor.data_ptr() for tensor in (embedding, self.panels.get(id(unembedding), unembedding), norm)),
+            embedding.data_ptr(),
+            self.panels.get(id(unembedding), unembedding).data_ptr(),
+            self.bytes[id(unembedding), 0].data_ptr() if self.byte_packing else None,
+            norm.data_ptr(),
         )
         self.layers: tuple[Any, Any] = (None, None)
         self.draft_layer: tuple[Any, Any] = (None, None)
@@ -168,18 +86,35 @@ class Native:
             return
         # Of matrices in a stack each is whole panels; of an unembedding the last is filled up.
         self.panels = {id(m): F.pad(m.detach(), (0, 0, 0, -m.size(-2) % lanes)) for m in matrices}
-        pairs = ((m.data_ptr(), self.panels[id(m)].data_ptr(), m[..., 0].numel(), m.size(-1)) for m in matrices)
-        self.packing = _array(_INT, 4 * len(matrices))(*itertools.chain(*pairs))
-        self.follow()
+        self.packing = _packing([(m, self.panels[id(m)]) for m in matrices])
+
+    def _pack_bytes(self, unembedding: Tensor, blocks: Sequence[tuple[BlockStack, int]], *sizes: int) -> None:
+        """Make room for what drafts alone come from as panels with a byte a weight, which `follow` fills.
+
+        A step then reads half as much for its drafts. Rounding changes some of them, and no output.
+        """
+        lanes = self.library.foretoken_bytes()
+        matrices = {(id(m), index): m[index] for stack, index in blocks for m in _matrices(stack)}
+        large = sum(m.nbytes for m in matrices.values()) >= LEAST_BYTES
+        if not large or not lanes or unembedding.dtype != torch.bfloat16 or any(size % lanes for size in sizes):
+            return
+        matrices[id(unembedding), 0] = unembedding.detach()
+        # Behind each panel's weights a factor and a correction for each of its outputs.
+        shapes = {key: (-(-m.size(0) // lanes), lanes * (m.size(1) + 8)) for key, m in matrices.items()}
+        self.bytes = {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}
+        self.byte_packing = _packing([(m, self.bytes[key]) for key, m in matrices.items()])
 
     def reads(self, count: int) -> bool:
         """Whether so many tokens of a prompt are read here, and not by PyTorch."""
         return count <= (MOST_TOKENS if self.packing is None else MOST_READ)
 
-    def follow(self) -> None:
-        """Copy the weights, as they are now, to the panels."""
+    def follow(self, version: int) -> None:
+        """Copy the weights, as they are now, to the panels; to those for drafts alone only where `version` is new."""
         if self.packing is not None:
-            self.library.foretoken_pack(self.packing, _INT(len(self.panels)), _INT(torch.get_num_threads()))
+            self.library.foretoken_pack(self.packing, INT(len(self.panels)), INT(torch.get_num_threads()))
+        if self.byte_packing is not None and self.version != version:
+            self.library.foretoken_pack_bytes(self.byte_packing, INT(len(self.bytes)), INT(torch.get_num_threads()))
+            self.version = version
 
     def use_tables(self, tables: tuple[Tensor, Tensor]) -> None:
         """Take these rotary tables (positions, H), contiguous and in float32, from now on."""
@@ -201,8 +136,8 @@ class Native:
         hidden, z = torch.empty(count, B, T, self.width), torch.empty(B, T, self.width)
         items, memory = _items(tokens, cache, tree)
         self.library.foretoken_forward(
-            ctypes.byref(self.model), self._reading(cache), _INT(self.trunk - early), _INT(count),
-            _INT(self.stacked), ctypes.byref(items), _AT(z.data_ptr()), _AT(hidden.data_ptr()),
+            ctypes.byref(self.model), self._reading(cache), INT(self.trunk - early), INT(count),
+            INT(self.stacked), ctypes.byref(items), AT(z.data_ptr()), AT(hidden.data_ptr()),
         )  # fmt: skip
         del memory
         cache.advance(T)
@@ -217,19 +152,19 @@ class Native:
         items, memory = _items(tokens, cache)
         self.library.foretoken_draft(
             ctypes.byref(self.model), ctypes.byref(self._drafting(cache)), ctypes.byref(items),
-            _INT(len(tokens[0]) - 1 if last and len(tokens) == 1 else 0), _AT(states.data_ptr()),
+            INT(len(tokens[0]) - 1 if last and len(tokens) == 1 else 0), AT(states.data_ptr()),
         )  # fmt: skip
         del memory
         cache.advance(len(tokens[0]))
         return states
 
-    def logits(self, hidden: Tensor, draft_vocab: int | None = None) -> Tensor:
-        """See `Stepper.logits`; (..., draft_vocab) where that is given."""
+    def logits(self, hidden: Tensor, draft_vocab: int | None = None, drafts: bool = False) -> Tensor:
+        """See `Stepper.logits`; (..., draft_vocab) where that is given. drafts: that drafts are picked by."""
         states, count = hidden.float().contiguous(), draft_vocab or self.vocabulary
         logits = torch.empty(*hidden.shape[:-1], count)
         self.library.foretoken_logits(
-            ctypes.byref(self.model), _AT(states.data_ptr()), _INT(states.numel() // self.width), _INT(count),
-            _AT(logits.data_ptr()),
+            ctypes.byref(self.model), AT(states.data_ptr()), INT(states.numel() // self.width), INT(count),
+            INT(drafts), AT(logits.data_ptr()),
         )  # fmt: skip
         return logits
 
@@ -266,7 +201,7 @@ class Native:
         turn.proposed, turn.proposal, turn.state = (None if t is None else t.data_ptr() for t in pointers)
         self.library.foretoken_turn(
             ctypes.byref(self.model), self._reading(cache) if state is None else None,
-            _INT(self.trunk), _INT(1 if drafts_cache else K + 1),
+            INT(self.trunk), INT(1 if drafts_cache else K + 1),
             ctypes.byref(self._drafting(drafts_cache)) if drafts_cache else None, ctypes.byref(turn),
         )  # fmt: skip
         picked, nodes, accepted, new = (part[:] for part in found)
@@ -280,7 +215,7 @@ class Native:
         found = self.layers  # of this call, whatever another thread decodes meanwhile
         if found[0] != (where := cache.address):
             blocks = [self._layer(*pair, cache, block) for block, pair in enumerate(self.stacks[: cache.keys.size(0)])]
-            self.layers = found = where, _array(_Layer, len(blocks))(*blocks)
+            self.layers = found = where, array(Layer, len(blocks))(*blocks)
         return found[1]
 
     def _drafting(self, cache: KVCache) -> Any:
@@ -296,11 +231,14 @@ class Native:
         assert self.tables[0].size(0) >= cache.capacity, "the rotary tables are too short"
 
         def at(tensor: Tensor | None) -> int | None:
+            if (found := self.bytes.get((id(tensor), index))) is not None:
+                return found.data_ptr()
             return None if tensor is None else self.panels.get(id(tensor), tensor)[index].data_ptr()
 
         norms = (None, None) if stack.qk_norm is None else stack.qk_norm[index, 0].unbind(0)
         hidden_norm = stack.hidden_norm if isinstance(stack, SequentialStack) else None
-        return _Layer(
+        return Layer(
+            int((id(stack.qkv), index) in self.bytes),
             *(at(weight) for weight in (stack.qkv, stack.qkv_bias, stack.o, stack.gate_up, stack.down)),
             *(at(weight) for weight in (stack.norm_1, stack.norm_2)),
             *(None if norm is None else norm.data_ptr() for norm in norms),
@@ -311,13 +249,23 @@ class Native:
         )
 
 
+def _matrices(stack: BlockStack) -> tuple[Tensor, ...]:
+    return stack.qkv, stack.o, stack.gate_up, stack.down
+
+
+def _packing(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """Matrices (..., out, in) and what they become, as `kernels.cpp` takes them."""
+    fields = [(m.data_ptr(), panels.data_ptr(), m[..., 0].numel(), m.size(-1)) for m, panels in pairs]
+    return array(INT, 4 * len(fields))(*itertools.chain(*fields))
+
+
 def _desk(B: int, T: int, K: int, ranks: int) -> tuple[Any, ...]:
     """Memory for steps of one shape, which a decode's cache keeps: to make it takes a tenth of a small step."""
-    given, logprobs = _array(_INT, B * (T + 4) + T)(), _array(ctypes.c_float, B * T)()
-    found = [_array(_INT, count)() for count in (B * T, B * T, B, B * K * ranks)]
+    given, logprobs = array(INT, B * (T + 4) + T)(), array(ctypes.c_float, B * T)()
+    found = [array(INT, count)() for count in (B * T, B * T, B, B * K * ranks)]
     at = ctypes.addressof(given)
     inputs = (at, *(at + 8 * B * (T + column) for column in range(5)))
-    turn = _Turn(B, T, K, ranks, 0, 0, 0, 0.0, 0.0, 0.0, *inputs, *map(ctypes.addressof, (*found, logprobs)))
+    turn = Turn(B, T, K, ranks, 0, 0, 0, 0.0, 0.0, 0.0, *inputs, *map(ctypes.addressof, (*found, logprobs)))
     return turn, given, logprobs, *found
 
 
@@ -334,9 +282,9 @@ def _items(tokens: list[list[int]], cache: KVCache, tree: Tree | None = None) ->
         positions += [start + depth for depth in tree.depths]
         bases += [start] * count
     R = len(ids)
-    memory = _array(_INT, 6 * R)(*ids, *rows, *slots, *positions, *bases, *tree.ancestors * len(tokens))
+    memory = array(INT, 6 * R)(*ids, *rows, *slots, *positions, *bases, *tree.ancestors * len(tokens))
     start = ctypes.addressof(memory)
-    return _Items(R, *range(start, start + 48 * R, 8 * R)), memory
+    return Items(R, *range(start, start + 48 * R, 8 * R)), memory
 
 
 def _parts(tokens: list[list[int]]) -> list[list[list[int]]]:

@@ -20,9 +20,10 @@ from foretoken.bench import PLAIN, Way, compare, distinct_ngrams, held_out_promp
 from foretoken.bench_peers import Workload
 from foretoken.checkpoint import save_checkpoint
 from foretoken.display import Display
+from foretoken.kernels import library
 from foretoken.lab import acceptance, retrofit
 from foretoken.model import Model
-from foretoken.native import Native, library
+from foretoken.native import Native
 from foretoken.pace import MOST_NODES
 from foretoken.tokenizer import byte_tokenizer
 

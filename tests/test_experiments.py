@@ -22,10 +22,10 @@ from torch import Tensor
 
 from foretoken.config import OptimConfig
 from foretoken.errors import ConfigError, TrainingError
+from foretoken.kernels import library
 from foretoken.lab import arithmetic, cli, experiment, fit, heads, induction, information, intervals, nth_token, star
 from foretoken.lab.experiment import EXPERIMENTS, find, page, run_experiment, settings_of, with_summary
 from foretoken.lab.story import ENDINGS, HELD_OUT, MADE_UP, NAMES, ONSETS, story, two_names
-from foretoken.native import library
 from foretoken.request import Request
 from foretoken.tokenizer import train_bpe
 

@@ -36,8 +36,9 @@ from foretoken import model as stepping
 from foretoken.cache import KVCache
 from foretoken.decode import Batch, decode
 from foretoken.errors import CheckpointError
+from foretoken.kernels import library
 from foretoken.model import Model, Stepper
-from foretoken.native import MOST_TOKENS, Native, library
+from foretoken.native import MOST_TOKENS, Native
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling, filtered, rejection
 
@@ -773,7 +774,7 @@ def script(path: Path, body: str) -> Path:
 
 def one_warning(caplog: pytest.LogCaptureFixture) -> str:
     (record,) = caplog.records
-    assert (record.name, record.levelno) == ("foretoken.native", logging.WARNING)
+    assert (record.name, record.levelno) == ("foretoken.kernels", logging.WARNING)
     return record.getMessage()
 
 
