@@ -20,11 +20,12 @@ MEMORY, LONG_MEMORY = 48.0, 1000.0  # steps that are remembered, within a batch 
 BEGINNING = 12.0  # steps that those before a batch are worth
 HOPE = 3.0  # steps in which, it is assumed at first, the first draft was accepted
 PROBE_EVERY = 16  # requests, where drafts have not paid
-ROUND = 0.003  # seconds, at least, of a step's measurement
+ROUND, ENOUGH = 0.003, 0.25  # seconds, at least, of a step's measurement, and of all of them
 DOUBT = 1.0  # standard errors
 GUESS = 0.3  # of what is left, the next candidate's share, before anything is known
 WIDTH, MOST_NODES = 4, 16  # of a tree: candidates for a place, and nodes
 GAIN = 1.02  # another K, or another vocabulary of drafts, must promise this much
+WARY = 1.05  # and drafts this much over none, since costs are known to some percent
 SMALLEST_VOCABULARY = 2048  # of drafts
 LOOK_EVERY = 16  # choices, one of which is that all tokens may be drafted
 
@@ -177,12 +178,12 @@ class Pace:
         return self.best
 
     def _speeds(self, most: int, doubt: float = 0.0) -> list[float]:
-        """Of 0 to `most` drafts, each among the first tokens that are best for it."""
+        """Of 0 to `most` drafts, each among the first tokens that are best for it; plain steps count for a little more."""
         found = [0.0] * (min(most, len(self.costs) - 1) + 1)
         for size in self.spared:
             expected = self.tokens_per_step(doubt, self.share(size))
             found = [max(x, expected[drafts] / self.cost(drafts, size)) for drafts, x in enumerate(found)]
-        return found
+        return [WARY * found[0], *found[1:]]
 
     def _choose_vocabulary(self) -> None:
         """For `best` drafts."""
@@ -210,20 +211,24 @@ class Pace:
 
 
 def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> list[float]:
-    """Seconds of each of the steps: the lowest of some rounds in turn, after one that warms up.
+    """Seconds of each of the steps: the lowest of so many rounds in turn, or more, after one that warms up.
 
     A round runs a short step some times in a row, since that is how decoding finds the processor's caches. The lowest:
     nothing makes a step shorter than it is, and a K that looked cheap while others were disturbed is kept for good.
     """
     seconds: list[list[float]] = [[] for _ in steps]
-    for number in range(rounds + 1):
+    number, first = 0, time.perf_counter()
+    while number <= rounds or time.perf_counter() - first < ENOUGH:
         for index, step in enumerate(steps):
             times = max(1, min(20, int(ROUND / seconds[index][-1]))) if number > 1 else 1
+            if number > 1 and seconds[index][-1] < 4 * ROUND:
+                step()  # so that the processor's caches hold its memory, and not another step's
             began = time.perf_counter()
             for _ in range(times):
                 step()
             if number:
                 seconds[index].append((time.perf_counter() - began) / times)
+        number += 1
     return [min(values) for values in seconds]
 
 

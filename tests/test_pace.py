@@ -97,22 +97,35 @@ def test_small_promises_change_nothing() -> None:
     assert pace.choose(3) == 2
 
 
-def test_costs_never_fall() -> None:
+def test_costs_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foretoken.pace.ENOUGH", 0.0)
     seen = []
     costs = measured_costs([lambda k=k: seen.append(k) for k in range(3)], rounds=2)
-    assert seen == [0, 1, 2, 0, 1, 2, *[0] * 20, *[1] * 20, *[2] * 20]  # short ones some times in a row
+    assert seen == [0, 1, 2, 0, 1, 2, *[0] * 21, *[1] * 21, *[2] * 21]  # short ones some times in a row
     assert all(cost > 0 for cost in costs)
     assert never_falling([3.0, 2.0, 4.0, 1.0]) == [3.0, 3.0, 4.0, 4.0]
 
 
 def test_costs_are_the_lowest_of_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, seconds = [0.0], iter([9.0, 9.0, 0.02, 0.5, 0.01, 0.03, 0.7, 0.02])  # in turn; two to warm up
+    now, seconds = [0.0], iter([9.0, 9.0, 0.2, 0.5, 0.1, 0.3, 0.7, 0.2])  # in turn; two to warm up
     monkeypatch.setattr("foretoken.pace.time.perf_counter", lambda: now[0])
 
     def step() -> None:
         now[0] += next(seconds)
 
-    assert measured_costs([step, step], rounds=3) == pytest.approx([0.01, 0.02])
+    assert measured_costs([step, step], rounds=3) == pytest.approx([0.1, 0.2])
+
+
+def test_short_steps_are_timed_with_their_memory_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step behind another one takes 4 ms, behind itself 2: so it is not the former, but for the first two rounds."""
+    now, before = [0.0], [-1]
+    monkeypatch.setattr("foretoken.pace.time.perf_counter", lambda: now[0])
+
+    def step(index: int) -> None:
+        now[0] += 0.002 if before[0] == index else 0.004
+        before[0] = index
+
+    assert measured_costs([lambda k=k: step(k) for k in range(3)]) == pytest.approx([0.002] * 3)
 
 
 def with_vocabularies(within: float, spared: dict[int, float], steps: int = 200) -> Pace:
