@@ -14,7 +14,7 @@ from foretoken.draft import Drafter, ParallelDrafter, Proposal, SequentialDrafte
 from foretoken.draft_heads import DeepSeekDrafter, JointDrafter, LinearDrafter, StackedDrafter
 from foretoken.errors import ConfigError
 from foretoken.model import Model, Stepper
-from foretoken.pace import SMALLEST_VOCABULARY, WIDTH, Pace, measured_costs, never_falling
+from foretoken.pace import SMALLEST_VOCABULARY, WARY, WARY_OF_ROWS, WIDTH, Pace, measured_costs, never_falling
 from foretoken.request import Request
 from foretoken.sampling import Keys, Sampling
 from foretoken.tree import Tree
@@ -134,11 +134,13 @@ def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | No
     length, V = min(LENGTH, stepper.config.max_position_embeddings), stepper.config.vocab_size
     requests = [Request([0] * length, 1, ids=[0]) for _ in range(rows)]
     sampling = Sampling(1.0)
+    most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
+    room = length + 3 * most + 2 + WIDTH
+    # One for all, as in decoding: where its memory lies, and whether it is in the processor's caches, is a matter of luck.
+    cache = stepper.new_cache(rows, room, make_drafter(stepper, most, rows, room, source).heads)
 
     def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], Turn]:
-        room = length + 3 * drafts + 2 + WIDTH
         drafter = make_drafter(stepper, drafts, rows, room, source)
-        cache = stepper.new_cache(rows, room, drafter.heads)
         drafter.tree, drafter.draft_vocab = tree, among
         tokens = [[0] * (1 + (drafts if tree is None else len(tree.parents))) for _ in range(rows)]
 
@@ -153,7 +155,6 @@ def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | No
                 row[place + 1] = picked[place]
         return run
 
-    most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
     steps = [step(drafts) for drafts in range(most + 1)]
     further = WIDTH - 1 if most and not isinstance(source, Lookup) and V >= WIDTH else 0
     if further:
@@ -166,7 +167,7 @@ def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | No
     branching = source is None and not stepper.config.drafts_follow
     gained = max(0.0, costs[-1] - smallest)
     spared = {size: gained * (V - size) / (V - sizes[-1]) for size in sizes}
-    return Pace(costs, row, branching, spared)
+    return Pace(costs, row, branching, spared, WARY if rows == 1 else WARY_OF_ROWS)
 
 
 def smaller_vocabularies(stepper: Stepper, source: Source) -> list[int]:

@@ -25,7 +25,8 @@ DOUBT = 1.0  # standard errors
 GUESS = 0.3  # of what is left, the next candidate's share, before anything is known
 WIDTH, MOST_NODES = 4, 16  # of a tree: candidates for a place, and nodes
 GAIN = 1.02  # another K, or another vocabulary of drafts, must promise this much
-WARY = 1.05  # and drafts this much over none, since costs are known to some percent
+# And drafts this much over none: costs are known to some percent, and of several rows some end before the others.
+WARY, WARY_OF_ROWS = 1.05, 1.15
 SMALLEST_VOCABULARY = 2048  # of drafts
 LOOK_EVERY = 16  # choices, one of which is that all tokens may be drafted
 
@@ -35,14 +36,14 @@ class Pace:
 
     row: seconds that one more node of a tree costs. branching: whether every node of a tree may have children. spared:
     seconds that a step of the most drafts is shorter by when they are among so many first tokens. draft_vocab: how many
-    are taken; None is all.
+    are taken; None is all. wary: how much drafts must promise over none.
     """
 
     def __init__(
         self, costs: Sequence[float], row: float = math.inf, branching: bool = True,
-        spared: Mapping[int, float] | None = None,
+        spared: Mapping[int, float] | None = None, wary: float = WARY,
     ) -> None:  # fmt: skip
-        self.costs, self.row, self.branching = list(costs), row, branching
+        self.costs, self.row, self.branching, self.wary = list(costs), row, branching, wary
         self.spared = dict[int | None, float]([(None, 0.0), *(spared or {}).items()])
         # Of the drafts that are accepted among all tokens: how many a smaller vocabulary holds.
         self.within = {size: [0.0, HOPE] for size in self.spared if size is not None}
@@ -57,7 +58,8 @@ class Pace:
 
     def anew(self) -> Pace:
         """One with the same costs that has seen nothing."""
-        return Pace(self.costs, self.row, self.branching, {n: spared for n, spared in self.spared.items() if n})
+        spared = {size: seconds for size, seconds in self.spared.items() if size}
+        return Pace(self.costs, self.row, self.branching, spared, self.wary)
 
     def record(
         self, trees: Sequence[Tree], paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]] = (),
@@ -178,12 +180,12 @@ class Pace:
         return self.best
 
     def _speeds(self, most: int, doubt: float = 0.0) -> list[float]:
-        """Of 0 to `most` drafts, each among the first tokens that are best for it; plain steps count for a little more."""
+        """Of 0 to `most` drafts, each among the first tokens that are best for it; none counts for a little more."""
         found = [0.0] * (min(most, len(self.costs) - 1) + 1)
         for size in self.spared:
             expected = self.tokens_per_step(doubt, self.share(size))
             found = [max(x, expected[drafts] / self.cost(drafts, size)) for drafts, x in enumerate(found)]
-        return [WARY * found[0], *found[1:]]
+        return [self.wary * found[0], *found[1:]]
 
     def _choose_vocabulary(self) -> None:
         """For `best` drafts."""
@@ -221,8 +223,6 @@ def measured_costs(steps: Sequence[Callable[[], object]], rounds: int = 5) -> li
     while number <= rounds or time.perf_counter() - first < ENOUGH:
         for index, step in enumerate(steps):
             times = max(1, min(20, int(ROUND / seconds[index][-1]))) if number > 1 else 1
-            if number > 1 and seconds[index][-1] < 4 * ROUND:
-                step()  # so that the processor's caches hold its memory, and not another step's
             began = time.perf_counter()
             for _ in range(times):
                 step()

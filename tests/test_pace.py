@@ -14,7 +14,7 @@ from foretoken import decode as decoding
 from foretoken import drafters
 from foretoken.decode import decode
 from foretoken.drafters import step_pace
-from foretoken.pace import PROBE_EVERY, Pace, measured_costs, never_falling
+from foretoken.pace import PROBE_EVERY, WARY, WARY_OF_ROWS, Pace, measured_costs, never_falling
 from foretoken.request import Request
 from foretoken.sampling import Sampling
 from foretoken.tree import Tree, chain
@@ -101,7 +101,7 @@ def test_costs_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foretoken.pace.ENOUGH", 0.0)
     seen = []
     costs = measured_costs([lambda k=k: seen.append(k) for k in range(3)], rounds=2)
-    assert seen == [0, 1, 2, 0, 1, 2, *[0] * 21, *[1] * 21, *[2] * 21]  # short ones some times in a row
+    assert seen == [0, 1, 2, 0, 1, 2, *[0] * 20, *[1] * 20, *[2] * 20]  # short ones some times in a row
     assert all(cost > 0 for cost in costs)
     assert never_falling([3.0, 2.0, 4.0, 1.0]) == [3.0, 3.0, 4.0, 4.0]
 
@@ -114,18 +114,6 @@ def test_costs_are_the_lowest_of_their_rounds(monkeypatch: pytest.MonkeyPatch) -
         now[0] += next(seconds)
 
     assert measured_costs([step, step], rounds=3) == pytest.approx([0.1, 0.2])
-
-
-def test_short_steps_are_timed_with_their_memory_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step behind another one takes 4 ms, behind itself 2: so it is not the former, but for the first two rounds."""
-    now, before = [0.0], [-1]
-    monkeypatch.setattr("foretoken.pace.time.perf_counter", lambda: now[0])
-
-    def step(index: int) -> None:
-        now[0] += 0.002 if before[0] == index else 0.004
-        before[0] = index
-
-    assert measured_costs([lambda k=k: step(k) for k in range(3)]) == pytest.approx([0.002] * 3)
 
 
 def with_vocabularies(within: float, spared: dict[int, float], steps: int = 200) -> Pace:
@@ -255,3 +243,12 @@ def test_a_sequential_head_may_draft_one_more_than_it_was_trained_for() -> None:
     assert len(step_pace(tiny_model(head_kind="sequential").stepper(), 1).costs) == 5
     assert len(step_pace(VAGUE.stepper(), 2).costs) == 4
     assert len(step_pace(tiny_model(n_future=1).stepper(), 1).costs) == 1
+
+
+def test_drafts_must_promise_more_than_none() -> None:
+    """All accepted, one draft gives twice the tokens: at a cost of 1.85 that is 8 % more."""
+    for wary, best in ((WARY, 1), (WARY_OF_ROWS, 0)):
+        for pace in (Pace([1.0, 1.85], wary=wary), Pace([1.0, 1.85], wary=wary).anew()):
+            for _ in range(300):
+                pace.record([chain(1)], [range(2)])
+            assert pace.begin(1) == best
