@@ -136,7 +136,7 @@ def _measured(stepper: Stepper, rows: int, source: Source, draft_vocab: int | No
     sampling = Sampling(1.0)
     most = min(most_drafts(stepper, source), stepper.config.max_position_embeddings - 1)
     room = length + 3 * most + 2 + WIDTH
-    # One for all, as in decoding: where its memory lies, and whether it is in the processor's caches, is a matter of luck.
+    # One for all: where a cache's memory lies, and whether it is in the processor's caches, is a matter of luck.
     cache = stepper.new_cache(rows, room, make_drafter(stepper, most, rows, room, source).heads)
 
     def step(drafts: int, tree: Tree | None = None, among: int | None = draft_vocab) -> Callable[[], Turn]:
