@@ -203,7 +203,7 @@ class Stepper:
     def new_cache(self, rows: int, capacity: int, heads: int) -> KVCache:
         """An empty cache for `rows` requests of at most `capacity` positions, for the trunk and the first `heads`."""
         if self.native is not None:
-            self.native.follow(sum(p._version for p in self.model.parameters()))  # the weights as they are now
+            self.native.follow(self.model.parameters())  # the weights are taken as they are now
         return self._cache(len(self.trunk) + (1 if self.early else heads), rows, capacity)
 
     def new_draft_cache(self, rows: int, capacity: int, blocks: int = 1) -> KVCache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,11 +108,17 @@ class Native:
         """Whether so many tokens of a prompt are read here, and not by PyTorch."""
         return count <= (MOST_TOKENS if self.packing is None else MOST_READ)
 
-    def follow(self, version: int) -> None:
-        """Copy the weights, as they are now, to the panels; to those for drafts alone only where `version` is new."""
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Copy the weights, as they are now, to the panels; to those for drafts alone only where a version is new."""
         if self.packing is not None:
             self.library.foretoken_pack(self.packing, INT(len(self.panels)), INT(torch.get_num_threads()))
-        if self.byte_packing is not None and self.version != version:
+        if self.byte_packing is None:
+            return
+        try:
+            version = sum(p._version for p in parameters)
+        except RuntimeError:  # tensors that were made in inference mode have none
+            version = -1
+        if version == -1 or version != self.version:
             self.library.foretoken_pack_bytes(self.byte_packing, INT(len(self.bytes)), INT(torch.get_num_threads()))
             self.version = version
 

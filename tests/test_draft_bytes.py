@@ -74,7 +74,7 @@ def test_products_are_those_of_the_definition(rows: int, vocab: int) -> None:
     one = torch.tensor([2.0] * 8 + [1.0] * 32 + [0.0] * 24)
     signs = torch.randint(0, 2, (rows, 64), generator=generator) * 2.0 - 1
     states = torch.stack([one[torch.randperm(64, generator=generator)] for _ in range(rows)]) * signs
-    native(model).follow(1)
+    native(model).follow(model.parameters())
     found = native(model).logits(states, drafts=True)
     agree(found, product(states, model.lm_head.weight.detach()), 1e-6, "logits")
     agree(found[:, :3], native(model).logits(states, 3, drafts=True), 0, "the first tokens' logits")
@@ -171,6 +171,17 @@ def test_they_follow_their_weights(kind: str) -> None:
     steps_agree(after, run(other, PROMPTS, 3, SOFT))
     with pytest.raises(Violation):
         steps_agree(after, before)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 40])
+def test_a_model_made_in_inference_mode_decodes(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors have no versions."""
+    monkeypatch.setattr("foretoken.native.LEAST_BYTES", least)
+    with torch.inference_mode():
+        model = tiny_model(dtype=torch.bfloat16, width=64, head_dim=16)
+    assert (native(model).byte_packing is not None) == (least == 1)
+    for a, b in zip(run(model, PROMPTS, 3, SOFT), run(model, PROMPTS, 0, SOFT), strict=True):
+        same_output(a, b, 0)
 
 
 def test_what_verifies_has_none() -> None:
