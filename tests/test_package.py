@@ -196,6 +196,40 @@ def test_type_checkers_see_the_same_names() -> None:
     assert seen == foretoken._PUBLIC
 
 
+def public_names() -> set[str]:
+    """`module.name` of the page on the Python API, and of what `foretoken` itself names."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    }
+    own = {name for name in listed if "." not in name}
+    assert own == set(foretoken.__all__)
+    where = {at.replace(":", ".") if ":" in at else f"{at}.{name}" for name, at in foretoken._PUBLIC.items()}
+    return (listed - own) | where
+
+
+def test_the_api_page_names_what_there_is() -> None:
+    for name in sorted(public_names()):
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(f"foretoken.{module}"), attribute)
+        assert found.__doc__ or isinstance(found, (int, float, str)), name
+
+
+def test_experiments_are_built_on_public_names() -> None:
+    public = public_names()
+    for name, path in modules().items():
+        if not name.startswith("lab.") or name == "lab.cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names if isinstance(node, ast.ImportFrom) and module.startswith("foretoken") else ():
+                used = f"{module}.{alias.name}".removeprefix("foretoken.")
+                assert used in public or used.startswith("lab.") or used in ("__version__", "optim"), f"{name}: {used}"
+
+
 def test_readme_uses_public_names() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for name in re.findall(r"\bforetoken\.([A-Za-z_]+)\b(?!\.(?:json|md|toml))", page.read_text(encoding="utf-8")):

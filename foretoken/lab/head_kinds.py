@@ -1,4 +1,4 @@
-"""Parallel heads, a sequential head and no further head, after the same time of training: what each gives and costs.
+"""Parallel heads, sequential ones (taught by head 1 too, or not) and none: what each gives and costs in the same time.
 
     python -m foretoken.lab.head_kinds all --out runs/head-kinds --minutes 3 10 --seeds 0 1 2
 
@@ -38,17 +38,16 @@ ARMS = {
     "one": ("model.n_future=1",),
     "parallel": ("model.n_future=4", "model.head_kind=parallel"),
     "sequential": ("model.n_future=4", "model.head_kind=sequential"),
+    # Its further depths learn from head 1 too.
+    "distilled": ("model.n_future=4", "model.head_kind=sequential", "loss.data=0.5", "loss.soft=0.5"),
 }
+_SEQUENTIAL = (*(Way(k) for k in (3, 4, 5)), Way(4, nodes=8), *(Way(k, "rejection") for k in (3, 4)), Way(None))
 # How drafts are made and accepted; None is as many as pay. Greedy decoding knows no difference between the rules.
 WAYS = {
     "one": (),
     "parallel": (Way(3), Way(3, "rejection"), Way(None)),
-    "sequential": (
-        *(Way(k) for k in (3, 4, 5)),
-        *(Way(k, nodes=2 * k) for k in (3, 4, 5)),
-        *(Way(k, "rejection") for k in (3, 4, 5)),
-        Way(None),
-    ),
+    "sequential": _SEQUENTIAL,
+    "distilled": _SEQUENTIAL,
 }
 # How steps run: in C++ with weights in bfloat16, and in PyTorch in float32, launched operation by operation.
 MODES = {"compiled": "bfloat16", "pytorch": "float32"}

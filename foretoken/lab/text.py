@@ -16,7 +16,7 @@ from torch import Tensor
 from foretoken.bench import PROMPT_BYTES, SAMPLED_TEMPERATURE, Way, compare, held_out_prompts
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import DataConfig, Recipe
-from foretoken.data import prepare, split_documents
+from foretoken.data import prepare
 from foretoken.display import Display
 from foretoken.errors import DataError
 from foretoken.evaluate import evaluate, evaluation_documents
@@ -26,7 +26,7 @@ from foretoken.lab.head_kinds import step_seconds
 from foretoken.loss import mtp_loss, targets, valid_counts
 from foretoken.model import Model, Stepper
 from foretoken.recipe import load_recipe
-from foretoken.sources import Document
+from foretoken.sources import Document, split_documents
 from foretoken.tokenizer import Tokenizer, train_bpe
 from foretoken.train import train
 from foretoken.windows import Batch, Windows
