@@ -19,7 +19,6 @@ from foretoken.cache import KVCache, Window
 from foretoken.config import ModelConfig
 from foretoken.packing import Mask, block_attention
 
-
 SHORT = 512  # positions up to which a CPU attends in bfloat16 by products
 
 
@@ -151,8 +150,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
     """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, N, H); causal without a mask (B, 1, T, S)."""
     if mask is not None and not isinstance(mask, Tensor):
         return block_attention(q, k, v, mask)[0]
-    alike = q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.size(2) == k.size(2)
-    if mask is None and alike and q.device.type == "cpu" and q.size(1) == k.size(1) <= SHORT:
+    narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    if mask is None and narrow and q.device.type == "cpu" and q.size(1) == k.size(1) <= SHORT:
         return short_attention(q, k, v)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, N, T, H)
@@ -166,12 +165,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, q, k and v (B, T, N, H) -> (B, T, N, H), by products that hold all weights (B, N, T, T).
+    """Causal attention, q (B, T, N, H), k and v (B, T, Nkv, H) -> (B, T, N, H), that holds all weights (B, N, T, T).
 
     The kernel for CPUs is slower on short windows of bfloat16, its backward several times (docs/log.md).
     """
     B, T, N, H = q.shape
     future = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
+    k, v = (t.repeat_interleave(N // t.size(2), 2) if t.size(2) < N else t for t in (k, v))
     q, k, v = (t.transpose(1, 2).reshape(B * N, T, H) for t in (q, k, v))
     weights = torch.softmax(torch.baddbmm(future, q, k.mT, alpha=H**-0.5), -1)
     return (weights @ v).view(B, N, T, H).transpose(1, 2)

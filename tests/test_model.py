@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from invariants import cached_is_full, close, no_peeking, possible
 from torch import Tensor, nn
 
+from foretoken import layers
 from foretoken.config import OptimConfig
 from foretoken.layers import At, Block, BlockStack, Context, Rotary, grouped_mask
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
@@ -121,6 +122,42 @@ def test_no_head_sees_what_comes_later(architecture: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("length", [1, 37, layers.SHORT])
+def test_short_windows_in_bfloat16_attend_as_the_kernel_does(length: int, kv_heads: int) -> None:
+    """Values and gradients are as near to exact ones as the kernel's are, and nothing is seen of what comes later."""
+    g = torch.Generator().manual_seed(length)
+    heads = (4, kv_heads, kv_heads)
+    leaves = [2 * torch.randn(2, length, N, 16, generator=g).bfloat16() for N in heads]
+    upstream = torch.randn(2, length, 4, 16, generator=g).bfloat16()
+
+    @torch.enable_grad()
+    def passed(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves)
+        y = layers.attention(q, k, v, None)
+        return [y, *torch.autograd.grad(y, (q, k, v), upstream.to(dtype))]
+
+    def off(found: list[Tensor]) -> list[float]:
+        return [float((x.double() - e).norm() / e.norm().clamp(min=1e-9)) for x, e in zip(found, exact, strict=True)]
+
+    exact, short = passed(torch.float64), passed(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "SHORT", 0)
+        kernel = passed(torch.bfloat16)
+    assert all(x.dtype == torch.bfloat16 for x in short)
+    assert length == 1 or not torch.equal(short[0], kernel[0]), "both took the same way"
+    if length > 1:
+        for ours, theirs in zip(off(short), off(kernel), strict=True):
+            assert ours < max(3 * theirs, 0.01)
+    changed = [leaf.clone() for leaf in leaves]
+    for leaf in changed:
+        leaf[:, length // 2 :] += 1
+    torch.testing.assert_close(
+        layers.attention(changed[0], changed[1], changed[2], None)[:, : length // 2],
+        short[0][:, : length // 2], rtol=0, atol=0,
+    )  # fmt: skip
+
+
 def test_documents_do_not_see_each_other() -> None:
     model = MODELS["qwen2"]
     tokens = torch.randint(0, 17, (1, 10), generator=torch.Generator().manual_seed(1))
