@@ -19,7 +19,7 @@ from foretoken.cache import KVCache, Window
 from foretoken.config import ModelConfig
 from foretoken.packing import Mask, block_attention
 
-SHORT = 512  # positions up to which a CPU attends in bfloat16 by products
+SHORT = 384  # positions up to which a CPU attends in bfloat16 by products
 
 
 @dataclass(frozen=True)

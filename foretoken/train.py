@@ -155,7 +155,8 @@ def _begin(
 
 def _spread(model: Model, config: TrainConfig, world: World) -> None:
     """Bring a model to where it is trained, compiled and shared among the processes as the recipe says."""
-    model.to(world.device)
+    if world.size == 1:  # sharding moves block by block: no process's device holds all of a model
+        model.to(world.device)
     if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
         model.compile_blocks()
     shard(model, world, config.shard_within)
