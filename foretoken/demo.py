@@ -157,6 +157,8 @@ def _recipe(n_future: int, width: int, layers: int, seed: int, head_kind: str) -
         raise ConfigError(f"--width {width}: must be a multiple of 64")
     shape = [f"model.n_future={n_future}", f"model.hidden_size={width}", f"model.num_attention_heads={width // 32}"]
     shape += [f'model.head_kind="{head_kind}"', f"model.num_hidden_layers={layers}"]
+    if head_kind == "sequential" and n_future > 1:  # they learn from head 1 too and draft better: docs/head-kinds.md
+        shape += ["loss.data=0.5", "loss.soft=0.5"]
     recipe = load_recipe("demo", (*shape, f"train.seed={seed}"))
     recipe.model.resolve(from_config(recipe.tokenizer).vocab_size, recipe.train.seq_len)  # a shape that cannot be
     return recipe
