@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny_model
 from small_runs import write_corpus
 
+from foretoken import demo
 from foretoken.config import Recipe
 from foretoken.display import Display
 from foretoken.lab import acceptance, draft_vocab, head_kinds, retrofit
@@ -29,6 +30,13 @@ def stored() -> dict[str, object]:
 def test_docs_hold_the_table_of_the_stored_result() -> None:
     page = (ROOT / "docs" / "head-kinds.md").read_text(encoding="utf-8")
     assert head_kinds.tables(stored()) in page
+
+
+def test_the_demo_trains_what_was_compared() -> None:
+    for kind, arm in (("parallel", "parallel"), ("sequential", "distilled")):
+        compared = head_kinds.arm_recipe(arm, 0, 1)
+        trained = demo._recipe(4, compared.model.hidden_size, compared.model.num_hidden_layers, 0, kind)
+        assert (trained.model, trained.loss, trained.optim) == (compared.model, compared.loss, compared.optim)
 
 
 def test_head_kinds_runs_and_resumes(

@@ -224,9 +224,10 @@ def test_experiments_are_built_on_public_names() -> None:
         if not name.startswith("lab.") or name == "lab.cli":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names if isinstance(node, ast.ImportFrom) and module.startswith("foretoken") else ():
-                used = f"{module}.{alias.name}".removeprefix("foretoken.")
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("foretoken"):
+                continue
+            for alias in node.names:
+                used = f"{node.module}.{alias.name}".removeprefix("foretoken.")
                 assert used in public or used.startswith("lab.") or used in ("__version__", "optim"), f"{name}: {used}"
 
 
