@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from foretoken.cache import Window
-from foretoken.layers import BlockStack
+from foretoken.stack import BlockStack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # that attention is spread over, two for each multiprocessor of a large GPU

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretoken.cache import KVCache, Window
-from foretoken.layers import At, BlockStack, Context, Parts, grouped_mask
+from foretoken.layers import Context
 from foretoken.sampling import Keys, Sampling, filtered, rejection, widened
+from foretoken.stack import At, BlockStack, Parts, grouped_mask
 from foretoken.tree import Tree, chain
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from foretoken.unrolled import SequentialBlock
 # position, and the context whose rotary tables start at position d - 1.
 Ahead = Callable[[int], Tensor]
 ContextAt = Callable[[int], Context]
+READ_OTHERS = ("causal", "anticausal", "deepseek")  # kinds of heads that read all states that others make
 
 
 class Heads(nn.ModuleList):
@@ -137,7 +138,7 @@ class JointBlock(Block):
     def forward(self, x: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
         """(B, T, D) and the embedding (B, T, D) of the token before -> (B, T, D)."""
         x = super().forward(x, context)
-        return x if embedded is None else x + self.before(embedded)
+        return x if embedded is None else x + self.before(context.kept(embedded))
 
 
 class JointHeads(ParallelHeads):
@@ -237,7 +238,8 @@ class SequentialHeads(Heads):
         """
         states, keys, values = [z], list[Tensor](), list[Tensor]()
         for depth in range(1, self.depths + 1):
-            states.append(self[1](ahead(depth), states[-1], context_at(depth), keys, values))
+            embedded = ahead(depth)[:, -states[-1].size(1) :]  # behind depth 1 of those positions that are kept
+            states.append(self[1](embedded, states[-1], context_at(depth), keys, values))
         return states[1:]
 
     @torch.no_grad()

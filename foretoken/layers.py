@@ -1,4 +1,4 @@
-"""The parts of a Llama block: RMSNorm, rotary embedding, attention, MLP; and the same block in the form decoding runs.
+"""The parts of a Llama block: RMSNorm, rotary embedding, attention, MLP.
 
 Letters, here and in every other file: B batch, T positions, S cached positions, D width, N attention heads, H head
 width, V vocabulary, K drafts, n heads of the model, m blocks that read the same input.
@@ -7,15 +7,13 @@ width, V vocabulary, K drafts, n heads of the model, m blocks that read the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foretoken.cache import KVCache, Window
 from foretoken.config import ModelConfig
 from foretoken.packing import Mask, block_attention
 
@@ -28,21 +26,21 @@ class Context:
 
     cos, sin (B or 1, T, H), or (T, H) of all rows: the rotary tables at the tokens' positions. mask: None for plain
     causal attention, a mask (B, 1, T, S) that `scaled_dot_product_attention` takes, or one of tiles, see
-    `packing.document_mask`.
+    `packing.document_mask`. keep: a block gives states of so many last positions only; None: of all that it reads.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Mask | None = None
+    keep: int | None = None
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Of x (B, T, D) the positions whose states are asked for."""
+        return x if self.keep is None else x[:, -self.keep :]
 
-@dataclass(frozen=True)
-class At:
-    """Where the tokens (B, T) of a step stand: what its blocks share, their slots (B, T), and the cache."""
-
-    context: Context
-    slots: Tensor
-    cache: KVCache | Window
+    def turned(self, cos: Tensor, sin: Tensor) -> Context:
+        """The same at other positions, by their rotary tables."""
+        return replace(self, cos=cos, sin=sin)
 
 
 class Rotary(nn.Module):
@@ -87,21 +85,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x (..., D) divided by its root mean square, computed in float32 or wider."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def grouped_mask(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, groups T, S) from visible (B, T, S), once for each query head of a group.
-
-    Additive, because the attention kernel would turn a boolean mask into this once per block.
-    """
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-    return mask[:, None].repeat(1, 1, groups, 1) if groups > 1 else mask[:, None]
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019)."""
 
@@ -131,28 +114,35 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, D) -> (B, T or context.keep, D)."""
         return self.o_proj(attention(*self.project(x, context), context.mask).flatten(2))  # type: ignore[no-any-return]
 
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, T, N, H) and keys, and values (B, T, Nkv, H), of x (B, T, inputs * D)."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        """Rotated queries (B, T, N, H) and keys, and values (B, T, Nkv, H), of x (B, T, inputs * D), which stands last
+        in the context; queries of `context.keep` positions."""
+        q, k, v = (
+            proj(part).unflatten(-1, (-1, self.head_dim))
+            for proj, part in ((self.q_proj, context.kept(x)), (self.k_proj, x), (self.v_proj, x))
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = context.cos[..., None, :].to(q.dtype), context.sin[..., None, :].to(q.dtype)  # (B, T, 1, H)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        tables = context.cos, context.sin
+        q, k = (rotate(t, *(table[..., -t.size(1) :, None, :].to(t.dtype) for table in tables)) for t in (q, k))
+        return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
-    """Queries (B, T, N, H) over keys and values (B, S, Nkv, H) -> (B, T, N, H); causal without a mask (B, 1, T, S)."""
+    """Queries (B, T, N, H) of the last positions over keys and values (B, S, Nkv, H) -> (B, T, N, H).
+
+    mask (B, 1, T or more, S), of which the last rows count; causal without one.
+    """
     if mask is not None and not isinstance(mask, Tensor):
         return block_attention(q, k, v, mask)[0]
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     if mask is None and narrow and q.device.type == "cpu" and q.size(1) == k.size(1) <= SHORT:
         return short_attention(q, k, v)
+    if q.size(1) < k.size(1):
+        mask = causal_mask(q, k) if mask is None else mask[..., -q.size(1) :, :]
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, N, T, H)
         k.transpose(1, 2),
@@ -162,6 +152,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         enable_gqa=q.size(2) != k.size(2),
     )
     return y.transpose(1, 2)
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """Which of the keys (B, S, ..) queries (B, T, ..) of the last T positions see, (1, 1, T, S)."""
+    T, S = q.size(1), k.size(1)
+    return torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -202,146 +198,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        """(B, T, D) -> (B, T or context.keep, D)."""
+        x = context.kept(x) + self.self_attn(self.input_layernorm(x), context)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
-
-
-FEW_ROWS = 32  # as many as a step has
-
-
-class BlockStack:
-    """m blocks that read the same input, run as one batched block with a cache: what decoding executes.
-
-    `Block` is its readable twin; a test holds the two equal. The stacked matrices are new storage and the blocks'
-    parameters become views of it, so the weights exist once and both forms always agree.
-    """
-
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        attentions = [block.self_attn for block in blocks]
-        first = attentions[0]
-        self.m, self.heads, self.kv_heads, self.head_dim = len(blocks), first.heads, first.kv_heads, first.head_dim
-        self.eps = blocks[0].input_layernorm.eps
-        self.qkv = _share([[a.q_proj.weight, a.k_proj.weight, a.v_proj.weight] for a in attentions])
-        self.o = _share([[a.o_proj.weight] for a in attentions])
-        self.gate_up = _share([[b.mlp.gate_proj.weight, b.mlp.up_proj.weight] for b in blocks])
-        self.down = _share([[b.mlp.down_proj.weight] for b in blocks])
-        self.norm_1 = _share([[b.input_layernorm.weight] for b in blocks])  # (m, 1, D)
-        self.norm_2 = _share([[b.post_attention_layernorm.weight] for b in blocks])
-        self.qkv_bias: Tensor | None = None
-        if first.q_proj.bias is not None:
-            self.qkv_bias = _share([[a.q_proj.bias, a.k_proj.bias, a.v_proj.bias] for a in attentions])
-        self.qk_norm: Tensor | None = None
-        if first.q_norm is not None and first.k_norm is not None:
-            norms = _share([[a.q_norm.weight, a.k_norm.weight] for a in attentions if a.q_norm and a.k_norm])
-            self.qk_norm = norms.view(self.m, 1, 2, self.head_dim)
-            self.norm_of = torch.tensor([0] * self.heads + [1] * self.kv_heads, device=norms.device)
-
-    def forward(self, x: Tensor, at: At, block: int, used: int, last: bool = False) -> Tensor:
-        """Run the first `used` of the m blocks on x (1, B, T, D); cache them from index `block` on.
-
-        The mask is (B, 1, N / Nkv * T, S), see `grouped_mask`. Returns (used, B, T, D). last: of the last position,
-        which sees all there is, alone, (used, B, 1, D); of the others keys and values are all that is made.
-        """
-        inputs = unit_rms(x, self.eps) * self.norm_1[:used, None]
-        return self._run(inputs, x, at, block, last)
-
-    def _run(self, inputs: Tensor, x: Tensor, at: At, block: int, last: bool) -> Tensor:
-        """What attention reads (m, B, T, its width) and the residual x (1, B, T, D) -> (m, B, T or 1, D)."""
-        m, context = inputs.size(0), at.context
-        qk, v = self._project(inputs, context, self.heads if last else 0)
-        keys, values = at.cache.write(block, qk[:, :, -self.kv_heads :], v, at.slots)
-        if last:
-            context = Context(context.cos[..., -1:, :], context.sin[..., -1:, :])
-            qk, _ = self._project(inputs[:, :, -1:], context, 0, self.heads)
-            x = x[:, :, -1:]
-        assert context.mask is None or isinstance(context.mask, Tensor)
-        y = self._attend(qk[:, :, : self.heads], keys, values, context.mask)  # (m, BT, N H)
-        x, shape = x.flatten(1, 2), x.shape
-        x = x + _bmm(y, self.o[:m], last)
-        gate, up = _bmm(unit_rms(x, self.eps) * self.norm_2[:m], self.gate_up[:m], last).chunk(2, -1)
-        return (x + _bmm(F.silu(gate) * up, self.down[:m], last)).view(m, *shape[1:])
-
-    def _project(self, inputs: Tensor, context: Context, begin: int, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs (m, B, T, width) -> of the N query, Nkv key and Nkv value heads those from `begin` to `end`.
-
-        Rotated queries and keys (m, B, how many, T, H), and values.
-        """
-        m, B, T, _ = inputs.shape
-        H, rows, rotated = self.head_dim, B * T, self.heads + self.kv_heads - begin
-        part = slice(begin * H, None if end is None else end * H)
-        qkv = _bmm(inputs.reshape(m, rows, -1), self.qkv[:m, part], end is not None)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[:m, :, part]
-        qkv = qkv.view(m, rows, -1, H)
-        qk, v = qkv[:, :, :rotated], qkv[:, :, rotated:]
-        if self.qk_norm is not None:
-            qk = unit_rms(qk, self.eps) * self.qk_norm[:m, :, self.norm_of[begin:end]]
-        cos, sin = (table.expand(B, T, H).reshape(1, rows, 1, H) for table in (context.cos, context.sin))
-        qk = rotate(qk, cos, sin).view(m, B, T, -1, H).transpose(2, 3)
-        return qk, v.reshape(m, B, T, v.size(2), H).transpose(2, 3)
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        m, B, N, T, H = q.shape
-        groups = N // self.kv_heads
-        # The query heads of a group become rows of their key/value head, so keys are never repeated in memory.
-        q = q.reshape(m * B, self.kv_heads, groups * T, H)
-        if mask is not None and m > 1:
-            mask = mask.repeat(m, 1, 1, 1)  # (m B, 1, groups T, S)
-        y = F.scaled_dot_product_attention(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
-        return y.reshape(m, B, N, T, H).transpose(2, 3).reshape(m, B * T, N * H)
-
-
-class SequentialStack(BlockStack):
-    """The block of a sequential head with a cache: its readable twin is `heads.SequentialBlock`."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__([block])
-        self.hidden_norm = _share([[block.hidden_norm.weight]])
-
-    def draft(self, embedded: Tensor, hidden: Tensor, at: At, last: bool = False) -> Tensor:
-        """Embeddings of the newest tokens and states (B, T, D) -> states (B, T, D); keys are written where `at` says.
-
-        last: as in `BlockStack.forward`.
-        """
-        width = (hidden.size(-1),)
-        sides = (
-            F.rms_norm(embedded, width, self.norm_1[0, 0], self.eps),
-            F.rms_norm(hidden, width, self.hidden_norm[0, 0], self.eps),
-        )
-        return self._run(torch.cat(sides, -1)[None], hidden[None], at, 0, last and hidden.size(1) > 1)[0]
-
-
-class Parts(NamedTuple):
-    """What compiled steps are made of: weights of both ends and of the final norm, with its eps, and the blocks."""
-
-    embedding: Tensor  # (V, D)
-    unembedding: Tensor
-    norm: Tensor  # (D)
-    eps: float
-    trunk: Sequence[BlockStack]
-    heads: BlockStack
-    drafter: SequentialStack | None
-
-
-def _bmm(x: Tensor, weight: Tensor, apart: bool = False) -> Tensor:
-    """x (m, R, in) times weight (m, out, in), each of the m apart, and as many products where they must be."""
-    if weight.size(0) == 1:
-        return F.linear(x[0], weight[0])[None]
-    if apart or x.size(1) > FEW_ROWS:  # one by one: nothing is gained by a batch, and head 1 rounds alike whatever m is
-        return torch.stack([F.linear(a, w) for a, w in zip(x, weight, strict=True)])
-    return torch.bmm(x, weight.mT)
-
-
-@torch.inference_mode(False)  # decoding calls this, and parameters must stay trainable
-@torch.no_grad()
-def _share(parameters: Sequence[Sequence[Tensor]]) -> Tensor:
-    """One tensor of which the given parameters, m lists of them, become views.
-
-    Vectors (out,) give (m, 1, sum of out), matrices (out, in) give (m, sum of out, in).
-    """
-    stacked = torch.stack([torch.cat([p.data for p in group]) for group in parameters])
-    for shared, group in zip(stacked, parameters, strict=True):
-        for p, view in zip(group, shared.split([p.size(0) for p in group]), strict=True):
-            p.data = view
-    return stacked if stacked.dim() == 3 else stacked[:, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from foretoken.cache import KVCache
 from foretoken.config import ModelConfig, Shared
 from foretoken.graphs import Graphs, bucket
-from foretoken.heads import make_heads, make_unembeddings
+from foretoken.heads import READ_OTHERS, make_heads, make_unembeddings
 from foretoken.kernels import library
-from foretoken.layers import At, Block, BlockStack, Context, Parts, RMSNorm, Rotary, SequentialStack, grouped_mask
+from foretoken.layers import Block, Context, RMSNorm, Rotary
 from foretoken.native import DTYPES, Native
 from foretoken.pace import Pace
 from foretoken.packing import document_mask
 from foretoken.processors import Change, pick_targets
 from foretoken.sampling import Keys, filtered, logprobs_of, rejection, widened
+from foretoken.stack import At, BlockStack, Parts, SequentialStack, grouped_mask
 from foretoken.tree import Tree
 
 MOST_FREE = 4  # caches whose memory is kept for the next
@@ -117,33 +119,32 @@ class Model(nn.Module):
         return self.norm(self.heads[depth](z, context))  # type: ignore[no-any-return]
 
     def forward(
-        self,
-        tokens: Tensor,
-        document_ids: Tensor | None = None,
-        length: int | None = None,
-        head_gradients: Sequence[Shared] = ALL_SHARED,
-        position_ids: Tensor | None = None,
-    ) -> list[Tensor]:
+        self, tokens: Tensor, document_ids: Tensor | None = None, length: int | None = None,
+        head_gradients: Sequence[Shared] = ALL_SHARED, position_ids: Tensor | None = None, keep: int | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Tokens -> n normalised hidden states (B, T, D), head 1 first.
 
         length: T, by default all of them; tokens (B, T or more) behind it are only read as those that heads of some
-        kinds are fed: depth d at position t reads token t + d. Where there is none it reads token 0, and its state
-        means nothing. document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`.
-        position_ids (B, T): see `context`; depth d of a sequential head stands d - 1 further.
+        kinds are fed: depth d at position t reads token t + d, or 0 where there is none, and its state means nothing.
+        document_ids (B, T): attention stays inside a document. head_gradients: see `LossConfig`. position_ids (B, T):
+        see `context`; depth d of a sequential head stands d - 1 further. keep: states of so many last positions alone.
         """
         T = tokens.size(1) if length is None else length
         positions = self._positions(T, position_ids)
         context = self.context(T, None if document_ids is None else document_ids[:, :T], positions)
         z = Model.run_trunk(self, tokens[:, :T], context)  # FSDP2 wraps the instance's, for calls from outside
+        if self.config.head_kind not in READ_OTHERS and isinstance(context.mask, Tensor | None):
+            context = replace(context, keep=keep)
         table = self.embed_tokens.weight if "embedding" in head_gradients else self.embed_tokens.weight.detach()
         scale = self.norm.weight if "unembedding" in head_gradients else self.norm.weight.detach()
         further = F.pad(tokens, (0, max(0, T + self.config.n_future - 1 - tokens.size(1))))
-        first, *rest = self.heads(
+        states = self.heads(
             z,
             lambda depth: F.embedding(further[:, depth : depth + T], table),
-            lambda depth: context if depth == 1 else Context(*self.rotary.forward(positions + depth - 1), context.mask),
+            lambda depth: context if depth == 1 else context.turned(*self.rotary.forward(positions + depth - 1)),
             apart="trunk" not in head_gradients,
         )
+        first, *rest = states if keep is None else [h[:, -keep:] for h in states]
         return [self.norm(first)] + [F.rms_norm(h, (h.size(-1),), scale.to(h.dtype), self.norm.eps) for h in rest]
 
     def logits(self, hidden: Tensor, depth: int = 0) -> Tensor:
@@ -193,8 +194,7 @@ class Stepper:
 
     def _native(self) -> Native | None:
         fits = self.model.device.type == "cpu" and self.model.dtype in DTYPES
-        found = library() if fits else None
-        return None if found is None else Native(found, self.parts(), self.further, self.early)
+        return Native(found, self.parts(), self.further, self.early) if fits and (found := library()) else None
 
     def current(self, model: Model) -> bool:
         """Whether the model's weights are still the memory this form shares."""
@@ -217,8 +217,8 @@ class Stepper:
         if self.graphs is None:
             return KVCache((blocks, rows, c.num_key_value_heads, capacity, c.head_dim), model.dtype, model.device)
         # What is captured writes to fixed memory, so caches that come after each other share it, whatever K is.
-        if blocks > len(self.trunk):
-            blocks = max(blocks, len(self.trunk) + self.heads.m + len(self.further))
+        most = len(self.trunk) + self.heads.m + len(self.further)
+        blocks = most if len(self.trunk) < blocks < most else blocks
         shape = (blocks, rows, c.num_key_value_heads, capacity, c.head_dim)
         at = next((index for index, memory in enumerate(self.free) if memory[0].shape == shape), None)
         cache = KVCache(shape, model.dtype, model.device, None if at is None else self.free.pop(at))
@@ -246,7 +246,7 @@ class Stepper:
         for index, stack in enumerate(self.trunk):
             x = stack.forward(x, at, index, 1)
             early = [x, *early][: min(heads - 1, self.early)]
-        last = last and self.config.head_kind not in ("causal", "anticausal", "deepseek")  # which read what others make
+        last = last and self.config.head_kind not in READ_OTHERS
         first = self.heads.forward(x, at, len(self.trunk), min(heads, self.heads.m), last)
         hidden = [first.expand(-1, -1, T, -1), *early]
         for block, stack in enumerate(self.further[: heads - 1], len(self.trunk) + 1):

@@ -18,8 +18,8 @@ from torch import Tensor
 from foretoken.cache import KVCache
 from foretoken.kernels import AT, INT, Items, Layer, Turn, array
 from foretoken.kernels import Model as Weights
-from foretoken.layers import BlockStack, Parts, SequentialStack
 from foretoken.sampling import Keys
+from foretoken.stack import BlockStack, Parts, SequentialStack
 from foretoken.tree import Tree, chain
 
 MOST_TOKENS = 63  # a row's block: the slots behind its base are one word of bits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from foretoken.config import ModelConfig
-from foretoken.layers import MLP, Attention, Context, RMSNorm, attention
+from foretoken.layers import MLP, Attention, Context, RMSNorm, attention, causal_mask
 from foretoken.packing import Mask, block_attention
 
 # Private names: `scaled_dot_product_attention` gives no normaliser. `masked_attention` is the twin without them.
@@ -37,7 +37,7 @@ class SequentialBlock(nn.Module):
     def forward(
         self, embedded: Tensor, hidden: Tensor, context: Context, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        """Embeddings and states (B, T, D) -> states (B, T, D).
+        """Embeddings and states (B, T, D) -> states (B, T or context.keep, D).
 
         keys and values (B, T, Nkv, H) are those of the depths before, to which this one's are added.
         """
@@ -45,18 +45,19 @@ class SequentialBlock(nn.Module):
         q, k, v = self.self_attn.project(both, context)
         keys.append(k)
         values.append(v)
-        x = hidden + self.self_attn.o_proj(unrolled_attention(q, keys, values, context.mask).flatten(2))
+        x = context.kept(hidden) + self.self_attn.o_proj(unrolled_attention(q, keys, values, context.mask).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
 def unrolled_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Mask | None) -> Tensor:
     """Queries (B, T, N, H) of depth d over keys and values (B, T, Nkv, H) of depths 1..d -> (B, T, N, H).
 
-    Those of depth 1 are seen as `mask` says, by default causally; of the others a position sees its own.
+    Those of depth 1, (B, S, Nkv, H) where queries are of the last T positions only, are seen as `mask` says, by default
+    causally; of the others a position sees its own.
     """
     if len(keys) == 1:
         return attention(q, keys[0], values[0], mask)
-    if mask is None and q.device.type == "cpu":
+    if mask is None and q.device.type == "cpu" and q.size(1) == keys[0].size(1):
         return merged_attention(q, keys, values)
     if mask is None or isinstance(mask, Tensor):
         return masked_attention(q, keys, values, mask)
@@ -66,9 +67,9 @@ def unrolled_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tenso
 def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """The readable twin of the merged forms, by a mask (B or 1, 1, T, T): d times the memory and work of depth 1."""
     T, depths = q.size(1), len(keys)
-    if mask is None:
-        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
-    mask = torch.cat((mask, *[torch.eye(T, dtype=torch.bool, device=q.device).expand_as(mask)] * (depths - 1)), -1)
+    mask = causal_mask(q, keys[0]) if mask is None else mask[:, :, -T:]
+    own = torch.eye(T, dtype=torch.bool, device=q.device).expand(mask.size(0), 1, T, T)
+    mask = torch.cat((mask, *[own] * (depths - 1)), -1)
     return attention(q, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask)
 
 

@@ -94,7 +94,7 @@ def multiplied_in_bytes(patch: pytest.MonkeyPatch, model: Model) -> None:
             for a, w in zip(x.expand(weight.size(0), -1, -1), weight, strict=True)
         ])  # fmt: skip
 
-    patch.setattr("foretoken.layers._bmm", multiply)
+    patch.setattr("foretoken.stack._bmm", multiply)
 
 
 @pytest.mark.parametrize("fields", WIDTHS)

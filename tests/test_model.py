@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from foretoken import layers
 from foretoken.config import OptimConfig
-from foretoken.layers import At, Block, BlockStack, Context, Rotary, grouped_mask
+from foretoken.layers import Block, Context, Rotary
 from foretoken.loss import mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.optim import make_optimizers
+from foretoken.stack import At, BlockStack, grouped_mask
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 MODELS = {name: tiny_model(name, n_future=3, layers=3, width=16) for name in ARCHITECTURES}

@@ -38,6 +38,7 @@ ORDER = [
     "sampling",
     "packing",
     "layers",
+    "stack",
     "unrolled",
     "heads",
     "tree",

@@ -27,6 +27,7 @@ from foretoken import packing, unrolled
 from foretoken import train as training
 from foretoken.checkpoint import load_checkpoint
 from foretoken.config import TrainConfig
+from foretoken.heads import READ_OTHERS
 from foretoken.loss import LossOutput, mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.recipe import load_recipe
@@ -252,6 +253,41 @@ def test_the_form_is_chosen_by_what_the_kernel_can(
 def test_packed_documents_are_run_one_by_one(kind: str, lengths: list[int], T: int, reset: bool, seed: int) -> None:
     """With positions that restart, or the documents at the places they have in the window: to the last digits."""
     packed_is_one_by_one(kind, packed(lengths, T, seed), reset, from_zero=reset)
+
+
+@pytest.mark.parametrize("form", ["one document", "mask", "tiles"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_the_last_positions_alone(kind: str, form: str, request: pytest.FixtureRequest) -> None:
+    """Losses and gradients are those of a pass that makes all states; heads that can spare the others' work do."""
+    if form == "tiles":
+        request.getfixturevalue("tiles")
+    model, T = model_of(kind, kv_heads=2), 18
+    batch = packed([5, 4, 13], T, 0, rows=2)
+    documents = None if form == "one document" else batch.document_ids[:, :T]
+    label_mask = batch.label_mask & (torch.arange(T + N) >= 14)
+    labels = targets(batch.tokens, batch.document_ids, label_mask, N)
+    first, factors = int((labels != -100).any(0).any(0).nonzero()[0]), scales(WEIGHTS, valid_counts(labels))
+    assert 14 - N <= first < 14
+
+    def passed(keep: int | None) -> dict[str, Tensor]:
+        hidden = model(batch.tokens, documents, T, keep=keep)
+        assert {h.shape for h in hidden} == {(2, keep or T, 16)}
+        output = mtp_loss(hidden, model.lm_head.weight, labels[..., -(keep or T) :], factors)
+        output.total.backward()
+        return {"loss": output.total, **gradients(model)}
+
+    read = list[int]()  # positions that the MLPs of heads are run on
+    for block in model.heads:
+        if hasattr(block, "mlp"):
+            block.mlp.register_forward_hook(lambda mlp, inputs, y: read.append(y.size(1)))
+    wanted = passed(None)
+    assert set(read) == {T}
+    for keep in (T - first, T - first + 1, T):
+        read.clear()
+        for name, value in passed(keep).items():
+            close(value, wanted[name], name, 1e-12)
+        spared = form != "tiles" and kind not in READ_OTHERS
+        assert set(read) == {keep if spared else T}
 
 
 @settings(max_examples=10)

@@ -15,11 +15,12 @@ from test_decode import PROMPTS
 from foretoken import decode as decoding
 from foretoken.cache import KVCache
 from foretoken.decode import Batch, decode
-from foretoken.layers import At, Context
+from foretoken.layers import Context
 from foretoken.model import Model, Stepper
 from foretoken.pace import MOST_NODES, WIDTH, Pace
 from foretoken.request import Request
 from foretoken.sampling import Sampling
+from foretoken.stack import At
 from foretoken.tree import Tree, chain, grown
 
 KINDS = ["parallel", "sequential"]

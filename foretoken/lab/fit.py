@@ -17,7 +17,7 @@ from foretoken.decode import decode
 from foretoken.errors import TrainingError
 from foretoken.formats.safetensors import FILE, read_file, save_tensors
 from foretoken.lab.experiment import Figures
-from foretoken.loss import mtp_loss, scales, targets, valid_counts
+from foretoken.loss import IGNORE, mtp_loss, scales, targets, valid_counts
 from foretoken.model import Model
 from foretoken.request import Request
 from foretoken.sampling import Sampling
@@ -47,9 +47,10 @@ def answered(model: Model, tokens: Tensor, is_target: Tensor) -> Tensor:
 
     That is when greedy decoding from before the first target gives them all, where they stand in a row.
     """
-    tokens, wanted = tokens.to(model.device), is_target[:, 1:].to(model.device)
-    choices = model.logits(model(tokens[:, :-1])[0]).argmax(-1)
-    right: Tensor = ((choices == tokens[:, 1:]) | ~wanted).all(1).cpu()
+    keep = is_target.size(1) - 1 - int(is_target[:, 1:].any(0).int().argmax())  # from the first target on
+    tokens, wanted = tokens.to(model.device), is_target[:, -keep:].to(model.device)
+    choices = model.logits(model(tokens[:, :-1], keep=keep)[0]).argmax(-1)
+    right: Tensor = ((choices == tokens[:, -keep:]) | ~wanted).all(1).cpu()
     return right
 
 
@@ -150,14 +151,16 @@ def _update(
     """One step; gives the heads' mean losses when they are asked for."""
     n = model.config.n_future
     labels = targets(*window, n)
-    counts, tokens = valid_counts(labels), window[0]
+    counts, tokens, length = valid_counts(labels), window[0], labels.size(2)
+    keep = length - int((labels != IGNORE).flatten(0, 1).any(0).int().argmax())  # nothing is learnt before these
+    labels = labels[..., -keep:]
     if model.device.type == "cuda":  # a step is asked for while the GPU still works on the last one
         tokens, labels = (part.pin_memory().to(model.device, non_blocking=True) for part in (tokens, labels))
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, steps, config))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        hidden = model(tokens, length=tokens.size(1) - n)
+        hidden = model(tokens, length=length, keep=keep)
         output = mtp_loss(hidden, model.unembeddings(), labels, scales([1.0] * n, counts))
     output.total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
