@@ -138,6 +138,20 @@ def shard(model: Model, world: World, within: int) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+@torch.no_grad()
+def hand_out(model: Model, made: list[Model], world: World) -> None:
+    """Give a sharded model the weights of the one that the first process has made, which is let go of.
+
+    Tensor by tensor: no other process ever holds more than one of them whole.
+    """
+    weights = dict(made.pop().named_parameters()) if made else {}
+    for name, p in model.named_parameters():
+        value = weights.pop(name) if weights else torch.empty(p.shape, dtype=p.dtype)
+        value = value.detach().to(world.device, p.dtype)
+        dist.broadcast(value, 0)
+        p.copy_(like(value, p))
+
+
 @contextmanager
 def head_by_head(model: Model) -> Iterator[None]:
     """Around the heads' backwards, which the trunk's follows: what the heads share stays gathered, and its gradients

@@ -1,7 +1,8 @@
-"""Heads for a model that exists: what a run with `model.start_from` begins with, and what must hold when it ends."""
+"""What a run begins with: a new model, heads for one that exists, or its own checkpoint; what must hold at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from foretoken.errors import CheckpointError, ConfigError, TrainingError
 from foretoken.formats import hf
 from foretoken.lora import add_adapters, merged
 from foretoken.model import Model
-from foretoken.parallel import whole
+from foretoken.parallel import ALONE, World, whole
 from foretoken.tokenizer import Tokenizer
 from foretoken.tokenizer import load as load_tokenizer
 from foretoken.train_state import load_adapters
@@ -56,6 +57,38 @@ def starting_config(recipe: ModelRecipe, seq_len: int) -> tuple[ModelConfig, Tok
     return wanted, tokenizer
 
 
+def make_model(start: Path | None, recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
+    """What the recipe says training begins with, or what the checkpoint `start` of its run holds."""
+    if start is not None:
+        return resumed_model(start, recipe, config, seed).train()
+    if recipe.start_from is not None:
+        return starting_model(recipe, config, seed)
+    model = Model(config)
+    model.init_weights(seed)
+    if recipe.head_init == "last_block":
+        model.start_from_head_1()
+    return model
+
+
+def outline(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
+    """The parts of what `make_model` makes, in memory that nothing has written to, which takes no room."""
+    with torch.device("meta"):
+        model = Model(config)
+    model.to_empty(device="cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return _as_trained(model, recipe, seed)
+
+
+def _as_trained(model: Model, recipe: ModelRecipe, seed: int) -> Model:
+    """With adapters, and nothing to learn for what is frozen."""
+    if recipe.frozen or recipe.lora_rank is not None:
+        freeze(model)
+    if recipe.lora_rank is not None:
+        add_adapters(model, recipe, seed)
+    return model
+
+
 def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
     """The checkpoint's weights in float32, with the heads it has; further ones as `head_init` says, by default copies
     of its last block, so that every head predicts what head 1 does."""
@@ -75,11 +108,7 @@ def starting_model(recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model
         model.start_from_head_1()
         state = model.state_dict()
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in state.items()})
-    if recipe.frozen or recipe.lora_rank is not None:
-        freeze(model)
-    if recipe.lora_rank is not None:
-        add_adapters(model, recipe, seed)
-    return model
+    return _as_trained(model, recipe, seed)
 
 
 def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: int) -> Model:
@@ -89,9 +118,7 @@ def resumed_model(folder: Path, recipe: ModelRecipe, config: ModelConfig, seed: 
     """
     stored = load_model(folder, None)
     if recipe.lora_rank is None:
-        if recipe.frozen:
-            freeze(stored)
-        return stored
+        return _as_trained(stored, recipe, seed)
     model = starting_model(recipe, config, seed)
     load_adapters(folder, model)
     values = dict(stored.named_parameters())
@@ -118,13 +145,24 @@ def _unlearned(now: Tensor, began: Tensor) -> bool:
     return torch.allclose(now, (factor * began).to(now.dtype), rtol=1e-4, atol=0.0)
 
 
-def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> None:
+def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int, world: World = ALONE) -> None:
     """Of a run that started from a checkpoint: raises TrainingError where a head of `model`, or all its adapters, are
     what they began as, a frozen weight is not, or the checkpoint saved in `run` does not hold the model."""
     if recipe.start_from is None:
         return
+
+    def held(values: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        wholes = ((name, whole(value.detach())) for name, value in values)
+        return {name: value.cpu() if world.first else torch.empty(0) for name, value in wholes}
+
+    now, saved = held(model.named_parameters()), held(merged(model))
+    world.first_does(lambda: _check_trained(run, model, recipe, seed, now, saved))
+
+
+def _check_trained(
+    run: Path, model: Model, recipe: ModelRecipe, seed: int, now: dict[str, Tensor], saved: dict[str, Tensor]
+) -> None:
     began = dict(starting_model(recipe, model.config, seed).named_parameters())
-    now = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
     learning = {f"head {depth + 1} has": f"heads.{depth}." for depth in range(1, len(model.heads))}
     learning |= {
         f"head {d + 2}'s unembedding has": f"own_unembeddings.{d}." for d in range(len(model.own_unembeddings))
@@ -136,7 +174,6 @@ def check_trained(run: Path, model: Model, recipe: ModelRecipe, seed: int) -> No
     for name, parameter in began.items():
         if not parameter.requires_grad and not torch.equal(now[name], parameter):
             raise TrainingError(f"{run}: '{name}' has changed, though it is frozen")
-    saved = {name: whole(value).cpu() for name, value in merged(model)}
     for name, parameter in load_model(run, None).named_parameters():
         if not torch.equal(parameter, saved[name]):
             raise TrainingError(f"{run}: '{name}' is not in the checkpoint as it was trained")

@@ -29,7 +29,7 @@ from foretoken.loss import LossOutput, mtp_loss, scales, sequential_backward, ta
 from foretoken.metrics import Meter, MetricsLog, Record
 from foretoken.model import Model
 from foretoken.packing import restarted_positions
-from foretoken.parallel import ALONE, World, head_by_head, join_world, shard, spread_again
+from foretoken.parallel import ALONE, World, hand_out, head_by_head, join_world, shard, spread_again
 from foretoken.provenance import Provenance
 from foretoken.run_folder import check_folder, check_same_run, offering_older
 from foretoken.saver import Saver
@@ -101,7 +101,7 @@ def train(
                 log.write(validation)
             if finished:
                 saver.finish(model, provenance(step, validation))
-                retrofit.check_trained(run, model, recipe.model, config.seed)
+                retrofit.check_trained(run, model, recipe.model, config.seed, world)
                 world.first_does(lambda: prune(run, config.keep_checkpoints - 1))
                 return TrainResult(run, step, True, time.perf_counter() - began, validation)
             if stopped or step % config.save_every == 0:
@@ -133,19 +133,15 @@ def _begin(
     start: Path | None, recipe: Recipe, config: ModelConfig, world: World, meter: Meter
 ) -> tuple[Model, list[torch.optim.Optimizer], int, Record]:
     """Model, optimisers, step and last record: new, or as the checkpoint `start` holds them, with the meter's sums."""
-    if start is None:
-        if recipe.model.start_from is not None:
-            model = retrofit.starting_model(recipe.model, config, recipe.train.seed)
-        else:
-            model = Model(config)
-            model.init_weights(recipe.train.seed)
-            if recipe.model.head_init == "last_block":
-                model.start_from_head_1()
-        _spread(model, recipe.train, world)
-        return model, optim.make_optimizers(model, recipe.optim), 0, {}
-    model = retrofit.resumed_model(start, recipe.model, config, recipe.train.seed).train()
+    made = list[Model]()
+    world.first_does(lambda: made.append(retrofit.make_model(start, recipe.model, config, recipe.train.seed)))
+    model = made[0] if world.size == 1 else retrofit.outline(recipe.model, config, recipe.train.seed)
     _spread(model, recipe.train, world)
+    if world.size > 1:
+        hand_out(model, made, world)
     optimizers = optim.make_optimizers(model, recipe.optim)
+    if start is None:
+        return model, optimizers, 0, {}
     measured = load_train_state(start, model, optimizers)
     if world.first:  # it is the sum over all
         meter.restore(measured)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from small_runs import recipe
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,8 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from foretoken import checkpoint
 from foretoken import train as training
 from foretoken.checkpoint import newest_step
-from foretoken.config import OptimConfig
+from foretoken.config import ModelConfig, OptimConfig
 from foretoken.loss import mtp_loss, scales, sequential_backward, targets, valid_counts
+from foretoken.metrics import Meter
 from foretoken.model import Model
 from foretoken.optim import clip_gradients, make_optimizers, not_finite
 from foretoken.parallel import World, head_by_head, join_world, leave_world, shard, whole
@@ -88,6 +89,30 @@ def gradients(within: int, kind: str, unembedding: str = "shared", method: str =
         if world.rank % (within or world.size) == 1 and isinstance(grad, DTensor):  # in one part alone
             grad.to_local().fill_(float("nan"))
     assert not_finite(model) == ("head 2" if kind == "parallel" else "heads 2 to 4")
+
+
+def start(corpus: str) -> None:
+    """The memory that the beginning of a run takes: a whole model in the first process alone."""
+    world = join_world("cpu")
+
+    def memory(key: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    def begun(config: ModelConfig) -> Model:
+        return training._begin(None, recipe(Path(corpus)), config, world, Meter(4, 1.0, True, world.total))[0]
+
+    begun(tiny_config())  # what is imported for it
+    config, before = tiny_config(width=768, layers=6), memory("VmRSS:")
+    model = begun(config)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    assert size > 150e6
+    took, part = (memory("VmHWM:") - before) / size, 1 / world.size
+    assert took > 1 + part if world.first else part < took < part + 0.2, f"process {world.rank}: {took:.2f} models of {size}"
+    wanted = Model(config)
+    wanted.init_weights(recipe(Path(corpus)).train.seed)
+    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(whole(p), q), name
 
 
 def one_at_a_time() -> None:
@@ -161,6 +186,8 @@ if __name__ == "__main__":
     try:
         if sys.argv[1] == "gradients":
             gradients(int(sys.argv[2]), *sys.argv[3].split())
+        elif sys.argv[1] == "start":
+            start(sys.argv[2])
         else:
             run(*sys.argv[2:6], sys.argv[6:])
     finally:

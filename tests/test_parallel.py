@@ -57,6 +57,13 @@ def test_loss_and_gradients_of_one_process(processes: int, within: int, kind: st
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_one_process_alone_has_a_model_whole(processes: int, corpus: Path) -> None:
+    """The others hold their part, and a tensor at a time of the rest; the weights are those of a run of one process."""
+    done = together(processes, "start", corpus)
+    assert done.returncode == 0, done.stderr
+
+
 def run(processes: int, corpus: Path, out: Path, *more: str, resume: bool = False, stop: str = "") -> Any:
     return together(processes, "run", corpus, out, "resume" if resume else "new", stop, *STEPS, *more)
 
