@@ -23,12 +23,9 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
         memory: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if memory is None:
             memory = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         assert all(side.shape == shape and side.dtype == dtype for side in memory)

@@ -33,15 +33,9 @@ CHOOSE_EVERY, GROW_EVERY = 8, 32  # steps, where their number of drafts, and the
 
 
 def decode(
-    model: Model,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    drafts: int | None,
-    slots: int | None = None,
-    source: Source = None,
-    nodes: int | None = None,
-    draft_vocab: int | None = None,
-) -> Iterator[tuple[Request, list[int]]]:
+    model: Model, requests: Sequence[Request], sampling: Sampling, drafts: int | None, slots: int | None = None,
+    source: Source = None, nodes: int | None = None, draft_vocab: int | None = None,
+) -> Iterator[tuple[Request, list[int]]]:  # fmt: skip
     """Run `requests` to their ends; yields (request, newly committed tokens) as they come.
 
     drafts: K. 0 is plain decoding; parallel heads draft up to n_future - 1, a sequential head goes on from its own

@@ -26,14 +26,9 @@ def teachable(labels: Tensor) -> Tensor:
 
 
 def distil_loss(
-    hidden: Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor],
-    labels: Tensor,
-    scales: Tensor,
-    terms: LossConfig,
-    *,
+    hidden: Sequence[Tensor], weight: Tensor | Sequence[Tensor], labels: Tensor, scales: Tensor, terms: LossConfig, *,
     weight_learns: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The terms of heads 2..n, with at most one chunk of logits in memory.
 
     hidden: n normalised states (B, T, D), of which head 1's only teaches; weight: unembedding (V, D) of all heads, or

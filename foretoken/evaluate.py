@@ -88,11 +88,9 @@ class Evaluation(Scores):
 
 
 def evaluation_documents(
-    checkpoint: str | Path,
-    sources: Sequence[str] = (),
-    split: str | None = None,
+    checkpoint: str | Path, sources: Sequence[str] = (), split: str | None = None,
     fields: Mapping[str, Any] | None = None,
-) -> Iterator[Document]:
+) -> Iterator[Document]:  # fmt: skip
     """The documents to score a checkpoint on.
 
     Without `sources`, or with those that it was trained on, spelled as they may be: what its training held out, or what
@@ -118,18 +116,10 @@ def evaluation_documents(
 
 
 def evaluate(
-    model: Model,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    max_bytes: int | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> Evaluation:
+    model: Model, documents: Iterable[Document], tokenizer: Tokenizer, *, seq_len: int | None = None,
+    stride: int | None = None, batch_size: int = 8, max_bytes: int | None = None, bootstrap: int = 1000,
+    seed: int = 0, progress: Callable[[int], None] | None = None,
+) -> Evaluation:  # fmt: skip
     """Score `documents` (their text, prompt and domain) with every head of `model`, in the model's own type.
 
     seq_len: tokens per window, by default all the model's positions. stride: positions from a window to the next, by

@@ -264,11 +264,9 @@ class _Graph:
     """A captured call. Its inputs and results lie in memory of its own, which the next call writes anew."""
 
     def __init__(
-        self,
-        given: list[int],
-        law: Tensor | None,
+        self, given: list[int], law: Tensor | None,
         call: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.host = torch.tensor(given).pin_memory()
         self.numbers, self.given = self.host.numpy(), self.host.cuda()
         self.law = None if law is None else law.clone()

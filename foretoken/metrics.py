@@ -25,12 +25,9 @@ class Meter:
     """Sums of what loss passes give, per head, until `take` makes a record of them and starts anew."""
 
     def __init__(
-        self,
-        n: int,
-        tokens_per_byte: float,
-        compared: bool = True,
+        self, n: int, tokens_per_byte: float, compared: bool = True,
         total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.n, self.tokens_per_byte, self.total = n, tokens_per_byte, total  # total: over the processes
         self.compared = compared  # whether heads are of the n next tokens, so that they can agree with head 1
         self._reset()

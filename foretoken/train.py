@@ -177,14 +177,9 @@ def _data(recipe: Recipe, tokenizer: Tokenizer, world: World) -> tuple[Windows, 
 
 
 def _update(
-    model: Model,
-    optimizers: list[torch.optim.Optimizer],
-    batches: Windows,
-    step: int,
-    recipe: Recipe,
-    meter: Meter,
+    model: Model, optimizers: list[torch.optim.Optimizer], batches: Windows, step: int, recipe: Recipe, meter: Meter,
     world: World,
-) -> float:
+) -> float:  # fmt: skip
     """One step of training; returns the gradient's norm before clipping. A loss that is no number updates nothing."""
     batch = _to(batches.batch(step, world.rank, world.size), world.device)
     optim.set_learning_rate(optimizers, optim.learning_rate_ratio(step, recipe.train.steps, recipe.optim))
