@@ -31,7 +31,7 @@ class Heads(nn.ModuleList):
         return list(self)[1:]
 
     def forward(self, z: Tensor, ahead: Ahead, context_at: ContextAt, *, apart: bool = False) -> list[Tensor]:
-        """States (B, T, D) of heads 1..n from the trunk's output z (B, T, D).
+        """States (B, T, D), of fewer positions where a context keeps fewer, of heads 1..n from the trunk's output z.
 
         apart: losses of heads 2..n send no gradient into what they read of the next-token path.
         """
@@ -136,7 +136,7 @@ class JointBlock(Block):
         self.before = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
-        """(B, T, D) and the embedding (B, T, D) of the token before -> (B, T, D)."""
+        """(B, T, D) and the embedding (B, T, D) of the token before -> (B, T or context.keep, D)."""
         x = super().forward(x, context)
         return x if embedded is None else x + self.before(context.kept(embedded))
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ def join_world(device: str) -> World:
     store = None
     if not dist.is_initialized():
         store, rank, size = next(rendezvous("env://"))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        backend, wait = "nccl" if device == "cuda" else "gloo", timedelta(minutes=30)  # while the first makes a model
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     return World(dist.get_rank(), size, here, store)
 
 
@@ -146,10 +148,11 @@ def hand_out(model: Model, made: list[Model], world: World) -> None:
     """
     weights = dict(made.pop().named_parameters()) if made else {}
     for name, p in model.named_parameters():
-        value = weights.pop(name) if weights else torch.empty(p.shape, dtype=p.dtype)
+        value = weights.pop(name) if world.first else torch.empty(p.shape, dtype=p.dtype, device=world.device)
         value = value.detach().to(world.device, p.dtype)
         dist.broadcast(value, 0)
         p.copy_(like(value, p))
+    assert not weights, "a model of other parts was made"
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def unrolled_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tenso
 
 
 def masked_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """The readable twin of the merged forms, by a mask (B or 1, 1, T, T): d times the memory and work of depth 1."""
+    """The readable twin of the merged forms, by a mask (B or 1, 1, T or more, S): d times depth 1's memory and work."""
     T, depths = q.size(1), len(keys)
     mask = causal_mask(q, keys[0]) if mask is None else mask[:, :, -T:]
     own = torch.eye(T, dtype=torch.bool, device=q.device).expand(mask.size(0), 1, T, T)

@@ -102,17 +102,24 @@ def start(corpus: str) -> None:
     def begun(config: ModelConfig) -> Model:
         return training._begin(None, recipe(Path(corpus)), config, world, Meter(4, 1.0, True, world.total))[0]
 
-    begun(tiny_config())  # what is imported for it
+    def check(model: Model) -> None:
+        wanted = Model(model.config)
+        wanted.init_weights(recipe(Path(corpus)).train.seed)
+        for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(whole(p), q), name
+
+    kinds: dict[str, Any] = {"head_kind": "deepseek", "shared_block": True}
+    for fields in ({"tie_word_embeddings": True}, {"unembedding": "per_head"}, {"head_kind": "sequential"}, kinds):
+        model = begun(tiny_config(**fields))
+        assert (model.lm_head.weight is model.embed_tokens.weight) == model.config.tie_word_embeddings
+        check(model)
     config, before = tiny_config(width=768, layers=6), memory("VmRSS:")
     model = begun(config)
     size = 4 * sum(p.numel() for p in model.parameters())
     assert size > 150e6
     took, part = (memory("VmHWM:") - before) / size, 1 / world.size
-    assert took > 1 + part if world.first else part < took < part + 0.2, f"process {world.rank}: {took:.2f} models of {size}"
-    wanted = Model(config)
-    wanted.init_weights(recipe(Path(corpus)).train.seed)
-    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
-        assert torch.equal(whole(p), q), name
+    assert took > 1 if world.first else part < took < part + 0.2, f"process {world.rank}: {took:.2f} models of {size}"
+    check(model)
 
 
 def one_at_a_time() -> None:
